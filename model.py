@@ -1,0 +1,555 @@
+"""SegFormer, written by hand: the MiT encoder B0-B5, the MLP decoder, the norm hook, and checkpoints.
+
+    model = segformer("b0", num_classes=19)             # or norm_fn=dyt, norm_fn=dyt_dyl, or a function of your own
+    logits = model(images)                              # (B, 3, H, W) in [0, 1] -> (B, 19, ceil(H/4), ceil(W/4))
+    logits, stages, patch_embeds = model.features(images)
+    fast = model.fold()                                 # the same outputs for inference, fewer operations
+    model = load_checkpoint("b2.pth")                   # ours, or a Hugging Face .bin / .safetensors
+
+Three things to know while reading:
+- Tokens are (B, H, W, C) from the image to the decoder. In memory that *is* a channels-last image, so a LayerNorm or a
+  Linear sees its channels last and a convolution sees an image, and nothing is ever copied between the two.
+- The decoder is linear up to its ReLU, which is worth a factor of its own: see `Decoder`.
+- The model normalises its own input, so a checkpoint carries its preprocessing.
+
+References
+  [1] Xie et al., SegFormer, 2021, arXiv:2105.15203          the network: encoder section 3.1, decoder section 3.2
+  [2] Zhu et al., Transformers without Normalization, 2025, arXiv:2503.10622          DyT
+  [3] Kim et al., EffiSeg, 2025                              DyT after patch embeddings (eq. 1), DyL elsewhere (eq. 2)
+  [4] Huang et al., Deep Networks with Stochastic Depth, 2016, arXiv:1603.09382       drop-path
+"""
+
+import copy
+import json
+import math
+import os
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Widths and depths of the four stages and the decoder's width D ([1] Table 6).
+WIDE = (64, 128, 320, 512)
+SIZES = {
+    "b0": dict(dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), width=256),
+    "b1": dict(dims=WIDE, depths=(2, 2, 2, 2), width=256),
+    "b2": dict(dims=WIDE, depths=(3, 4, 6, 3), width=768),
+    "b3": dict(dims=WIDE, depths=(3, 4, 18, 3), width=768),
+    "b4": dict(dims=WIDE, depths=(3, 8, 27, 3), width=768),
+    "b5": dict(dims=WIDE, depths=(3, 6, 40, 3), width=768),
+}
+HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)                    # per stage, in every size
+MLP_RATIO, DROP_PATH, DROPOUT = 4, 0.1, 0.1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # ImageNet's, of RGB in [0, 1]
+SMALLEST = 32                                                     # pixels: below it stage 4 has no token left
+
+
+# ---------------------------------------------------------------- norms: norm_fn(dim, site) -> nn.Module
+
+class DyT(nn.Module):
+    """Dynamic Tanh, y = gamma tanh(alpha x) + beta with one scalar alpha ([2]; [3] eq. 1). (..., C) -> (..., C)."""
+
+    def __init__(self, dim, alpha=0.5):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):
+        return torch.addcmul(self.bias, self.weight, torch.tanh(self.alpha * x))
+
+
+class DyL(nn.Module):
+    """Dynamic Linear, y = gamma alpha x + beta with an alpha per channel ([3] eq. 2). (..., C) -> (..., C).
+
+    Linear in x, so at inference it disappears into the linear map that follows: see `SegFormer.fold`.
+    """
+
+    def __init__(self, dim, alpha=0.5):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((dim,), float(alpha)))
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):
+        return torch.addcmul(self.bias, self.weight * self.alpha, x)
+
+
+def layer_norm(dim, site):
+    """LayerNorm everywhere, with the epsilons of the published weights."""
+    return nn.LayerNorm(dim, eps=1e-5 if site in ("patch_embed", "sr") else 1e-6)
+
+
+def dyt(dim, site):
+    """EffiSeg's "+Tanh": DyT after the patch embeddings, LayerNorm elsewhere."""
+    return DyT(dim) if site == "patch_embed" else layer_norm(dim, site)
+
+
+def dyt_dyl(dim, site):
+    """EffiSeg's "+Tanh+Linear" as its text has it: DyT after the patch embeddings, DyL at every other site."""
+    return DyT(dim) if site == "patch_embed" else DyL(dim)
+
+
+def dyt_dyl_ln(dim, site):
+    """EffiSeg's "+Tanh+Linear" as its code has it: like `dyt_dyl`, but LayerNorm at the end of a stage."""
+    return layer_norm(dim, site) if site == "stage" else dyt_dyl(dim, site)
+
+
+NORMS = {"ln": layer_norm, "dyt": dyt, "dyt-dyl": dyt_dyl, "dyt-dyl-ln": dyt_dyl_ln}
+
+
+# ---------------------------------------------------------------- encoder: MiT
+
+def as_image(tokens):
+    """(B, H, W, C) tokens -> the (B, C, H, W) image on the same memory, in channels-last order."""
+    return tokens.permute(0, 3, 1, 2)
+
+
+def as_tokens(image):
+    """(B, C, H, W) channels-last image -> the (B, H, W, C) tokens on the same memory."""
+    return image.permute(0, 2, 3, 1)
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: a strided convolution, then a norm ([1] section 3.1)."""
+
+    def __init__(self, in_dim, dim, kernel, stride, norm_fn):
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, kernel // 2)
+        self.norm = norm_fn(dim, "patch_embed")
+
+    def forward(self, image):                                     # (B, C_in, H, W)
+        return self.norm(as_tokens(self.proj(image)))             # (B, H/s, W/s, C)
+
+
+class Reduce(nn.Module):
+    """The attention's spatial reduction: every r x r patch becomes one key ([1] eq. 2)."""
+
+    def __init__(self, dim, ratio, norm_fn):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, ratio, ratio)
+        self.norm = norm_fn(dim, "sr")
+
+    def forward(self, x):                                         # (B, H, W, C)
+        return self.norm(as_tokens(self.conv(as_image(x))))       # (B, H/r, W/r, C)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of all tokens to the reduced ones ([1] eq. 1-2)."""
+
+    def __init__(self, dim, heads, ratio, norm_fn):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.reduce = Reduce(dim, ratio, norm_fn) if ratio > 1 else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x):                                           # (B, H, W, C)
+        return x.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)       # (B, heads, H*W, d)
+
+    def forward(self, x):                                         # (B, H, W, C)
+        B, H, W, C = x.shape
+        q = self.split(self.q(x))                                 # (B, heads, H*W, d)
+        context = self.reduce(x)                                  # (B, H/r, W/r, C)
+        k, v = self.split(self.k(context)), self.split(self.v(context))       # (B, heads, H*W/r^2, d)
+        out = F.scaled_dot_product_attention(q, k, v)             # (B, heads, H*W, d)
+        return self.proj(out.transpose(1, 2).reshape(B, H, W, C))             # (B, H, W, C)
+
+
+class MixFFN(nn.Module):
+    """MLP with a 3x3 depthwise convolution inside, which also tells tokens where they are ([1] eq. 3)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = dim * MLP_RATIO
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):                                         # (B, H, W, C)
+        x = self.fc1(x)                                           # (B, H, W, 4C)
+        x = as_tokens(self.dwconv(as_image(x)))                   # (B, H, W, 4C)
+        return self.fc2(F.gelu(x))                                # (B, H, W, C)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; a residual branch is dropped per image with probability `drop` while training [4]."""
+
+    def __init__(self, dim, heads, ratio, drop, norm_fn):
+        super().__init__()
+        self.drop = drop
+        self.norm1, self.attn = norm_fn(dim, "block"), Attention(dim, heads, ratio, norm_fn)
+        self.norm2, self.mlp = norm_fn(dim, "block"), MixFFN(dim)
+
+    def drop_path(self, x):
+        if not self.training or self.drop == 0:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.drop
+        return x * (keep / (1 - self.drop)).to(x.dtype)           # scaled so that the expectation stays
+
+    def forward(self, x):                                         # (B, H, W, C)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))        # (B, H, W, C)
+
+
+class Stage(nn.Module):
+    """Patch embedding, blocks, norm. Returns the stage's output and its normed patch embedding."""
+
+    def __init__(self, index, in_dim, dim, drops, norm_fn):
+        super().__init__()
+        kernel, stride = (7, 4) if index == 0 else (3, 2)
+        self.patch_embed = PatchEmbed(in_dim, dim, kernel, stride, norm_fn)
+        self.blocks = nn.Sequential(*(Block(dim, HEADS[index], REDUCTIONS[index], drop, norm_fn) for drop in drops))
+        self.norm = norm_fn(dim, "stage")
+
+    def forward(self, image):                                     # (B, C_in, H, W)
+        embedded = self.patch_embed(image)                        # (B, H/s, W/s, C)
+        return as_image(self.norm(self.blocks(embedded))), as_image(embedded)       # (B, C, H/s, W/s) both
+
+
+# ---------------------------------------------------------------- decoder
+
+def fuse_stages(stages, weights, bias):
+    """sum_i up(weights_i stage_i) + bias at the first stage's size. (B, C_i, H_i, W_i), (D, C_i), (D,) -> (B, D, H_1, W_1)."""
+    size = stages[0].shape[2:]
+    fused = as_image(F.linear(as_tokens(stages[0]), weights[0], bias))
+    for stage, weight in zip(stages[1:], weights[1:]):
+        narrow = as_image(F.linear(as_tokens(stage), weight))     # (B, D, H_i, W_i)
+        fused = fused + F.interpolate(narrow, size=size, mode="bilinear", align_corners=False)
+    return fused
+
+
+class Decoder(nn.Module):
+    """The all-MLP decoder ([1] eq. 4), with the published parameters and a fraction of the published operations.
+
+    Published: project every stage i to D channels (L_i, b_i), upsample to 1/4, concatenate the 4D channels, and mix them
+    with a 1x1 convolution 4D -> D; two thirds of B0's operations are that one convolution at quarter resolution. But
+    everything before the ReLU is linear. Cut the convolution's matrix into a D x D slice F_i a stage, and
+
+        conv(cat_i(up(L_i x_i + b_i)))  =  sum_i F_i up(L_i x_i + b_i)               a product of block matrices
+                                        =  sum_i up((F_i L_i) x_i)  +  sum_i F_i b_i     F_i acts on channels, up on space:
+                                                                                         they commute; up keeps a constant
+    so each stage needs one D x C_i matrix, F_i L_i, at its own resolution, and nothing is ever concatenated. The products
+    F_i L_i are tiny and made anew in each forward, so F and L train as ever. Exact up to rounding.
+    """
+
+    def __init__(self, dims, width, num_classes):
+        super().__init__()
+        self.linear = nn.ModuleList(nn.Linear(dim, width) for dim in dims)          # L_i
+        self.fuse = nn.Conv2d(width * len(dims), width, 1, bias=False)              # [F_4 F_3 F_2 F_1], the published order
+        self.norm = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout2d(DROPOUT)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def products(self):
+        """-> (F_i L_i for the four stages, each (D, C_i); sum_i F_i b_i, (D,))."""
+        slices = self.fuse.weight.flatten(1).chunk(len(self.linear), dim=1)[::-1]   # F_1..F_4, (D, D) each
+        weights = [F_i @ linear.weight for F_i, linear in zip(slices, self.linear)]
+        return weights, sum(F_i @ linear.bias for F_i, linear in zip(slices, self.linear))
+
+    def forward(self, stages):                                    # four of (B, C_i, H_i, W_i)
+        x = fuse_stages(stages, *self.products())                 # (B, D, H/4, W/4)
+        x = self.dropout(F.relu(self.norm(x)))                    # (B, D, H/4, W/4)
+        return self.classifier(x)                                 # (B, num_classes, H/4, W/4)
+
+
+class FoldedDecoder(nn.Module):
+    """`Decoder` for inference: the products are made once, with the BatchNorm's scale and shift inside."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        norm = decoder.norm
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()                  # (D,)
+        weights, bias = decoder.products()
+        self.weights = nn.ParameterList(scale[:, None] * weight for weight in weights)
+        self.bias = nn.Parameter(scale * (bias - norm.running_mean) + norm.bias)
+        self.classifier = decoder.classifier
+
+    def forward(self, stages):                                    # four of (B, C_i, H_i, W_i)
+        return self.classifier(F.relu(fuse_stages(stages, list(self.weights), self.bias)))
+
+
+# ---------------------------------------------------------------- the network
+
+class Features(NamedTuple):
+    logits: torch.Tensor                                          # (B, num_classes, ceil(H/4), ceil(W/4))
+    stages: list                                                  # four of (B, C_i, H_i, W_i), after the stage's norm
+    patch_embeds: list                                            # four of (B, C_i, H_i, W_i), after the embedding's norm
+
+
+class SegFormer(nn.Module):
+    """Images (B, 3, H, W), float RGB in [0, 1], H and W at least 32 -> logits (B, num_classes, ceil(H/4), ceil(W/4)).
+
+    `classes` (names), `palette` ((R, G, B) a class) and `input_size` ((H, W) that images were resized to in training) are
+    plain lists or None; a checkpoint carries them.
+    """
+
+    def __init__(self, variant, num_classes, norm_fn=layer_norm):
+        super().__init__()
+        dims, depths, width = SIZES[variant].values()
+        self.variant, self.num_classes, self.norm_fn = variant, num_classes, norm_fn
+        self.classes = self.palette = self.input_size = None
+        self.folded = False
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+        drops = torch.linspace(0, DROP_PATH, sum(depths)).tolist()                  # linear over depth
+        drops = [drops[sum(depths[:i]):sum(depths[:i + 1])] for i in range(len(depths))]
+        in_dims = (3, *dims[:-1])
+        self.stages = nn.ModuleList(Stage(i, in_dims[i], dims[i], drops[i], norm_fn) for i in range(len(dims)))
+        self.decoder = Decoder(dims, width, num_classes)
+        self.stages.apply(init_encoder)
+        nn.init.kaiming_normal_(self.decoder.fuse.weight, mode="fan_out", nonlinearity="relu")     # the rest: torch's own
+
+    def forward(self, images):
+        return self.features(images).logits
+
+    def features(self, images):                                   # (B, 3, H, W)
+        """-> Features(logits, stages, patch_embeds), what the distillation losses compare."""
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < SMALLEST or not images.is_floating_point():
+            raise ValueError(f"SegFormer takes float images (B, 3, H, W) in [0, 1] of at least {SMALLEST} x {SMALLEST} "
+                             f"pixels, not {images.dtype} {tuple(images.shape)}")
+        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        stages, patch_embeds = [], []
+        for stage in self.stages:
+            x, embedded = stage(x)                                # (B, C_i, H_i, W_i)   strides 4, 8, 16, 32
+            stages.append(x)
+            patch_embeds.append(embedded)
+        return Features(self.decoder(stages), stages, patch_embeds)
+
+    @torch.no_grad()
+    def fold(self):
+        """-> an inference copy with the same outputs: decoder and BatchNorm in four matrices, DyL in the next linear map.
+
+        The DyL at the end of a stage stays: the next patch embedding pads it with zeros, and a shift does not commute with
+        zero padding; so `features` of a folded model are unchanged too.
+        """
+        model = copy.deepcopy(self).eval().requires_grad_(False)
+        if self.folded:
+            return model
+        model.folded = True
+        model.decoder = FoldedDecoder(model.decoder).requires_grad_(False)
+        for block in (block for stage in model.stages for block in stage.blocks):
+            attn = block.attn
+            reduces = isinstance(attn.reduce, Reduce)
+            block.norm1 = fold_dyl(block.norm1, [attn.q, attn.reduce.conv] if reduces else [attn.q, attn.k, attn.v])
+            block.norm2 = fold_dyl(block.norm2, [block.mlp.fc1])
+            if reduces:
+                attn.reduce.norm = fold_dyl(attn.reduce.norm, [attn.k, attn.v])
+        return model
+
+
+def segformer(variant, num_classes, norm_fn=layer_norm):
+    """A SegFormer with fresh weights. variant "b0".."b5"; norm_fn(dim, site) -> nn.Module over (..., dim), where site is
+    "patch_embed" | "block" | "sr" | "stage". Raises ValueError for an unknown variant or no classes."""
+    if variant not in SIZES:
+        raise ValueError(f"there is no SegFormer {variant!r}: choose one of {', '.join(SIZES)}")
+    if num_classes < 1:
+        raise ValueError(f"a segmenter needs at least one class, not {num_classes}")
+    return SegFormer(variant, num_classes, norm_fn)
+
+
+def init_encoder(module):
+    """Initialisation as published: truncated normal for Linear, fan-out normal for convolutions, no biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+        nn.init.zeros_(module.bias)
+
+
+def fold_dyl(norm, followers):
+    """Move a DyL y = s x + t into the maps that read it, W y + b = (W s) x + (W t + b). -> what is left of the norm."""
+    if not isinstance(norm, DyL):
+        return norm
+    scale = norm.weight * norm.alpha                              # (C,)
+    for layer in followers:                                       # Linear (out, C) or unpadded Conv2d (out, C, r, r)
+        per_channel = layer.weight.flatten(2).sum(2) if layer.weight.ndim == 4 else layer.weight
+        layer.bias += per_channel @ norm.bias
+        layer.weight *= scale.view(1, -1, *[1] * (layer.weight.ndim - 2))
+    return nn.Identity()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one sentence for the user."""
+
+
+# How other formats call our tensors: (pattern of their key, our key). A format is recognised by its first rule.
+_EMBED = r"(?:segformer\.)?encoder\.patch_embeddings\.(\d)\."
+_BLOCK = r"(?:segformer\.)?encoder\.block\.(\d)\.(\d+)\."
+HUGGING_FACE = [                                                  # on the hub and on the disk
+    (_EMBED + r"proj\.", r"stages.\1.patch_embed.proj."),
+    (_EMBED + r"layer_norm\.", r"stages.\1.patch_embed.norm."),
+    (_BLOCK + r"layer_norm_(\d)\.", r"stages.\1.blocks.\2.norm\3."),
+    (_BLOCK + r"attention\.self\.query\.", r"stages.\1.blocks.\2.attn.q."),
+    (_BLOCK + r"attention\.self\.key\.", r"stages.\1.blocks.\2.attn.k."),
+    (_BLOCK + r"attention\.self\.value\.", r"stages.\1.blocks.\2.attn.v."),
+    (_BLOCK + r"attention\.self\.sr\.", r"stages.\1.blocks.\2.attn.reduce.conv."),
+    (_BLOCK + r"attention\.self\.layer_norm\.", r"stages.\1.blocks.\2.attn.reduce.norm."),
+    (_BLOCK + r"attention\.output\.dense\.", r"stages.\1.blocks.\2.attn.proj."),
+    (_BLOCK + r"mlp\.dense(\d)\.", r"stages.\1.blocks.\2.mlp.fc\3."),
+    (_BLOCK + r"mlp\.dwconv\.dwconv\.", r"stages.\1.blocks.\2.mlp.dwconv."),
+    (r"(?:segformer\.)?encoder\.layer_norm\.(\d)\.", r"stages.\1.norm."),
+    (r"decode_head\.linear_c\.(\d)\.proj\.", r"decoder.linear.\1."),
+    (r"decode_head\.linear_fuse\.", r"decoder.fuse."),
+    (r"decode_head\.batch_norm\.", r"decoder.norm."),
+    (r"decode_head\.classifier\.", r"decoder.classifier."),
+    (r"classifier\.", r"imagenet_head."),                         # of an ImageNet classifier: known, and not needed
+]
+_STAGE = r"(?:segformer\.)?stages\.(\d)\."
+HUGGING_FACE_5 = [                                                # the state_dict() of transformers 5
+    (_STAGE + r"patch_embeddings\.proj\.", r"stages.\1.patch_embed.proj."),
+    (_STAGE + r"patch_embeddings\.layer_norm\.", r"stages.\1.patch_embed.norm."),
+    (_STAGE + r"blocks\.(\d+)\.layernorm_before\.", r"stages.\1.blocks.\2.norm1."),
+    (_STAGE + r"blocks\.(\d+)\.layernorm_after\.", r"stages.\1.blocks.\2.norm2."),
+    (_STAGE + r"blocks\.(\d+)\.attention\.([qkv])_proj\.", r"stages.\1.blocks.\2.attn.\3."),
+    (_STAGE + r"blocks\.(\d+)\.attention\.o_proj\.", r"stages.\1.blocks.\2.attn.proj."),
+    (_STAGE + r"blocks\.(\d+)\.attention\.sequence_reduction\.sequence_reduction\.", r"stages.\1.blocks.\2.attn.reduce.conv."),
+    (_STAGE + r"blocks\.(\d+)\.attention\.sequence_reduction\.layer_norm\.", r"stages.\1.blocks.\2.attn.reduce.norm."),
+    (_STAGE + r"blocks\.(\d+)\.mlp\.dwconv\.dwconv\.", r"stages.\1.blocks.\2.mlp.dwconv."),
+    (_STAGE + r"blocks\.(\d+)\.mlp\.fc(\d)\.", r"stages.\1.blocks.\2.mlp.fc\3."),
+    (_STAGE + r"layer_norm\.", r"stages.\1.norm."),
+    (r"decode_head\.linear_projections\.(\d)\.proj\.", r"decoder.linear.\1."),
+    *HUGGING_FACE[-4:],
+]
+FORMATS = {"Hugging Face": HUGGING_FACE, "Hugging Face 5": HUGGING_FACE_5}
+HUGGING_FACE_EPS = 1e-5                                           # its code ignores layer_norm_eps of its own config
+
+
+def save_checkpoint(model, path, **extra):
+    """Write `model`, and `extra` plain values or tensors beside it, so that load_checkpoint(path) rebuilds it alone.
+
+    The file appears whole or not at all: it is written beside `path`, flushed to the disk, then renamed.
+    Raises CheckpointError for a folded model or a norm_fn that is not in NORMS.
+    """
+    norm = next((name for name, norm_fn in NORMS.items() if norm_fn is model.norm_fn), None)
+    if norm is None or model.folded:
+        raise CheckpointError(f"cannot save {path}: " + ("a folded model is for inference only, save the one it came from"
+                              if model.folded else "add the norm function to model.NORMS so that loading finds it"))
+    content = dict(format="effiseg", variant=model.variant, norm=norm, num_classes=model.num_classes, classes=model.classes,
+                   palette=model.palette, input_size=model.input_size, layer_norm_eps=[m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)],
+                   model={name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, **extra)
+    partial = f"{path}.partial"
+    with open(partial, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path, num_classes=None):
+    """-> the SegFormer in `path`, on the CPU, in eval mode; what was found is printed.
+
+    Reads this project's checkpoints and Hugging Face's (.bin, .safetensors; segmenters and bare encoders). With a
+    `num_classes` that differs from the file's, or a file without a decoder, that part is new and it is said.
+    Raises CheckpointError, in a sentence, for anything that is not exactly this network. No code in the file is run.
+    """
+    content = read_checkpoint(path)
+    if content.get("format") == "effiseg":
+        kind, tensors = "EffiSeg", content.get("model")
+    else:
+        kind, tensors = None, content.get("state_dict", content)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path} is not a checkpoint of a SegFormer: it holds other things than named tensors")
+    if kind is None:
+        kind, tensors = rename(tensors, path)
+    variant = find_variant(tensors, path)
+    found = tensors["decoder.classifier.weight"].shape[0] if "decoder.classifier.weight" in tensors else None
+    if found is None and num_classes is None:
+        raise CheckpointError(f"{path} is an encoder without a decoder: say how many classes the new one has (num_classes)")
+    if content.get("norm", "ln") not in NORMS:
+        raise CheckpointError(f"{path} was trained with norm {content['norm']!r}, which is not in model.NORMS")
+    model = segformer(variant, num_classes or found, NORMS[content.get("norm", "ln")])
+    expected = () if found == model.num_classes else ("decoder.",) if found is None else ("decoder.classifier.",)
+    loaded = load_tensors(model, tensors, expected, path)
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    for norm, eps in zip(norms, content.get("layer_norm_eps") or [HUGGING_FACE_EPS] * len(norms)):
+        norm.eps = eps
+    model.input_size = content.get("input_size")
+    if found == model.num_classes:
+        model.classes, model.palette = content.get("classes"), content.get("palette")
+    new = "" if not expected else ", new decoder" if found is None else f", new head (the file's has {found} classes)"
+    print(f"{path}: SegFormer-{variant.upper()}, {model.num_classes} classes, {kind}, {loaded} tensors loaded{new}")
+    return model.eval()
+
+
+def read_checkpoint(path):
+    """-> the dict in a .safetensors or torch file; tensors and plain values only, nothing in it is run."""
+    try:
+        content = read_safetensors(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise CheckpointError(f"cannot open checkpoint {path}: {error.strerror}") from None
+    except Exception as error:                                    # a stranger's file can be broken in any way there is
+        reason = "it holds more than tensors and plain values, perhaps code, and is not run" \
+            if "weights_only" in str(error).lower() or "weights only" in str(error).lower() else str(error).split("\n")[0][:120]
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: {reason}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not named tensors")
+    return content
+
+
+def read_safetensors(path):
+    """-> {name: tensor}. The format: 8 bytes header length, JSON header of (dtype, shape, offsets), raw tensors."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > os.path.getsize(path) - 8:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(file.read(length))
+        data = bytearray(file.read())
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (start, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not 0 <= start <= end <= len(data) or math.prod(shape) * dtype.itemsize != end - start:
+            raise ValueError(f"the place or size of {name} does not fit the file")
+        count = math.prod(shape)
+        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start).reshape(shape) if count \
+            else torch.empty(shape, dtype=dtype)
+    return tensors
+
+
+def rename(tensors, path):
+    """Their names -> ours by the first format whose first rule matches. -> (name of the format, {our name: tensor})."""
+    for kind, rules in FORMATS.items():
+        if any(re.match(rules[0][0], str(key)) for key in tensors):
+            break
+    else:
+        raise CheckpointError(f"{path} is no SegFormer in a known format ({', '.join(['EffiSeg', *FORMATS])}); it begins with "
+                              f"{', '.join(map(str, list(tensors)[:3])) or 'nothing'}")
+    renamed = {}
+    for key, tensor in tensors.items():
+        name = next((re.sub(f"^{pattern}", ours, key) for pattern, ours in rules if re.match(pattern, key)), key)
+        if not name.startswith("imagenet_head."):
+            renamed[name] = tensor
+    return kind, renamed
+
+
+def find_variant(tensors, path):
+    """-> "b0".."b5" by the widths and depths of the tensors' shapes (a bare B1 encoder is told from B2 by its depths)."""
+    dims = tuple(tensors[key].shape[:1].numel() for i in range(4) if (key := f"stages.{i}.patch_embed.proj.weight") in tensors)
+    depths = tuple(sum(f"stages.{i}.blocks.{j}.norm1.weight" in tensors for j in range(64)) for i in range(4))
+    for variant, size in SIZES.items():
+        if (size["dims"], size["depths"]) == (dims, depths):
+            return variant
+    raise CheckpointError(f"{path} is no SegFormer B0-B5: its stage widths are {dims} and its depths {depths}")
+
+
+def load_tensors(model, tensors, expected, path):
+    """Copy `tensors` into `model`; only names under the prefixes `expected` may be new. -> "loaded/all"."""
+    own = model.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(expected)}
+    optional = [name for name in own if name in ("mean", "std") or name.endswith("num_batches_tracked")]
+    missing = [name for name in own if name not in tensors and name not in optional and not name.startswith(expected)]
+    unknown = [name for name in tensors if name not in own]
+    shapes = [name for name in tensors if name in own and own[name].shape != tensors[name].shape]
+    for what, names in (("lacks", missing), ("has unknown", unknown), ("has wrong shapes for", shapes)):
+        if names:
+            raise CheckpointError(f"{path} is not this network: it {what} {len(names)} tensors, first {', '.join(names[:5])}")
+    model.load_state_dict(tensors, strict=False)
+    weights = [name for name in own if name not in optional]
+    return f"{sum(name in tensors for name in weights)}/{len(weights)}"

@@ -1,0 +1,354 @@
+"""The losses against their equations, in plain loops over Python floats; then the mistakes that published code makes.
+
+    python -m pytest test_losses.py
+
+Read it beside the paper: each `loop_*` below is the equation and nothing else, slow and plain. A test then asks two
+things of the real loss: the same value, and the same gradient as finite differences of that value (gradcheck). The last
+section computes what well-known wrong versions compute, and shows by an example why they are wrong.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from losses import (IGNORE, Projections, class_weights, cskd, dice_focal_loss, dice_loss, focal_loss, kl_distillation, pekd,
+                    weighted_cross_entropy)
+
+B, C, H, W = 2, 4, 3, 5
+
+
+@pytest.fixture
+def batch():
+    """Float64 logits (B, C, H, W), labels (B, H, W) with a void border, class weights (C,)."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, C, (B, H, W))
+    labels[:, 0] = IGNORE
+    return torch.randn(B, C, H, W, dtype=torch.float64), labels, torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+
+
+@pytest.fixture
+def maps():
+    """A student's and a teacher's feature map, float64 (B, C, H, W)."""
+    torch.manual_seed(1)
+    return torch.randn(B, C, H, W, dtype=torch.float64), torch.randn(B, C, H, W, dtype=torch.float64)
+
+
+def pixels(labels):
+    """Indices (b, h, w) of the labelled pixels."""
+    return [tuple(index) for index in (labels != IGNORE).nonzero().tolist()]
+
+
+def softmax(logits, b, h, w, temperature=1.0):
+    """Class probabilities of one pixel, a list of floats."""
+    powers = [math.exp(logits[b, c, h, w].item() / temperature) for c in range(logits.shape[1])]
+    return [power / sum(powers) for power in powers]
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b))
+
+
+# ---------------------------------------------------------------- the equations
+
+def loop_weighted_cross_entropy(logits, labels, weight):
+    loss = total = 0.0
+    for b, h, w in pixels(labels):
+        y = labels[b, h, w].item()
+        loss -= weight[y].item() * math.log(softmax(logits, b, h, w)[y])          # eq. 3
+        total += weight[y].item()
+    return loss / total
+
+
+def loop_kl(student, teacher, temperature, places):
+    total = 0.0
+    for b, h, w in places:
+        p_s, p_t = softmax(student, b, h, w, temperature), softmax(teacher, b, h, w, temperature)
+        total += sum(t * math.log(t / s) for s, t in zip(p_s, p_t))               # eq. 4
+    return temperature ** 2 * total / len(places)
+
+
+def loop_cosine(a, b):
+    return dot(a, b) / (math.sqrt(dot(a, a)) * math.sqrt(dot(b, b)))              # eq. 5
+
+
+def loop_cskd(student, teacher, lambda_m=1.0, lambda_s=0.5):
+    B, C, H, W = student.shape
+    S, T = student.tolist(), teacher.tolist()
+    loss = 0.0
+    for b in range(B):
+        pixel = [[loop_cosine([S[b][c][h][w] for c in range(C)], [T[b][c][h][w] for c in range(C)])
+                  for w in range(W)] for h in range(H)]                           # S^C, one number a pixel
+        channel = [loop_cosine(sum(S[b][c], []), sum(T[b][c], [])) for c in range(C)]        # S^S, one number a channel
+        for c in range(C):
+            for h in range(H):
+                for w in range(W):
+                    G = abs((1 - pixel[h][w]) * (1 - channel[c]))                 # eq. 6
+                    loss += lambda_m / (C * H * W) * G * (T[b][c][h][w] - S[b][c][h][w]) ** 2
+        loss += lambda_s / (H * W) * sum(1 - pixel[h][w] for h in range(H) for w in range(W))        # eq. 7
+        loss += lambda_s / C * sum(1 - channel[c] for c in range(C))
+    return loss / B
+
+
+def loop_pekd(student, teacher, betas):
+    loss = 0.0
+    for s, t, beta in zip(student, teacher, betas):
+        squares = [(x - y) ** 2 for x, y in zip(s.flatten().tolist(), t.flatten().tolist())]
+        loss += beta * sum(squares) / len(squares)                                # eq. 8, as a mean
+    return loss
+
+
+def loop_dice(logits, labels, eps=1.0):
+    loss = 0.0
+    for c in range(logits.shape[1]):
+        overlap = total = 0.0
+        for b, h, w in pixels(labels):
+            p, g = softmax(logits, b, h, w)[c], float(labels[b, h, w] == c)
+            overlap, total = overlap + p * g, total + p + g
+        loss += 1 - (2 * overlap + eps) / (total + eps)                           # eq. 11
+    return loss / logits.shape[1]
+
+
+def loop_focal(logits, labels, alpha, gamma=2.0):
+    loss = 0.0
+    for b, h, w in pixels(labels):
+        y = labels[b, h, w].item()
+        p = softmax(logits, b, h, w)[y]
+        loss -= alpha[y].item() * (1 - p) ** gamma * math.log(p)                  # eq. 13
+    return loss / len(pixels(labels))
+
+
+# ---------------------------------------------------------------- values and gradients
+
+def check(loss, expected, *inputs):
+    """loss(*inputs) equals `expected`, and its gradient equals finite differences."""
+    assert loss(*inputs).item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    assert gradcheck(loss, [x.clone().requires_grad_() for x in inputs])
+
+
+def test_weighted_cross_entropy(batch):
+    logits, labels, weight = batch
+    check(lambda x: weighted_cross_entropy(x, labels, weight), loop_weighted_cross_entropy(logits, labels, weight), logits)
+    check(lambda x: weighted_cross_entropy(x, labels), loop_weighted_cross_entropy(logits, labels, torch.ones(C)), logits)
+
+
+def test_class_weights_are_those_of_the_papers_table_1():
+    """Shares of road, sidewalk, building, vegetation, sky, car on Cityscapes; everything else in one bin."""
+    shares = torch.tensor([36.99, 5.99, 22.69, 16.12, 3.92, 6.93, 7.36])
+    printed = torch.tensor([2.5959737, 6.741505, 3.5353868, 4.3098087, 7.674411, 6.3928986])
+    assert torch.allclose(class_weights(shares)[:6], printed, rtol=2e-3)
+    assert class_weights([0, 10])[0].item() == pytest.approx(1 / math.log(1.10))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kl(batch, maps, temperature):
+    (student, teacher), labels = maps, batch[1]
+    everywhere = [(b, h, w) for b in range(B) for h in range(H) for w in range(W)]
+    check(lambda x: kl_distillation(x, teacher, temperature), loop_kl(student, teacher, temperature, everywhere), student)
+    check(lambda x: kl_distillation(x, teacher, temperature, labels), loop_kl(student, teacher, temperature, pixels(labels)), student)
+
+
+@pytest.mark.parametrize("lambdas", [(1.0, 0.5), (1.0, 0.0), (0.0, 1.0), (0.3, 2.0)])
+def test_cskd(maps, lambdas):
+    student, teacher = maps
+    check(lambda x: cskd(x, teacher, *lambdas), loop_cskd(student, teacher, *lambdas), student)
+
+
+def test_pekd():
+    torch.manual_seed(2)
+    student, teacher = ([torch.randn(B, C * 2 ** i, 5 - i, 4, dtype=torch.float64) for i in range(4)] for _ in range(2))
+    betas = (0.1, 0.1, 0.5, 1.0)
+    check(lambda *x: pekd(list(x), teacher), loop_pekd(student, teacher, betas), *student)
+    with pytest.raises(ValueError):
+        pekd(student[:3], teacher)
+
+
+def test_dice(batch):
+    logits, labels, _ = batch
+    check(lambda x: dice_loss(x, labels), loop_dice(logits, labels), logits)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_focal(batch, gamma):
+    logits, labels, alpha = batch
+    check(lambda x: focal_loss(x, labels, alpha, gamma), loop_focal(logits, labels, alpha, gamma), logits)
+    check(lambda x: focal_loss(x, labels, None, gamma), loop_focal(logits, labels, torch.ones(C), gamma), logits)
+
+
+def test_dice_focal(batch):
+    logits, labels, alpha = batch
+    expected = 0.3 * loop_dice(logits, labels) + 0.7 * loop_focal(logits, labels, alpha)
+    check(lambda x: dice_focal_loss(x, labels, alpha, lambda_dice=0.3), expected, logits)
+
+
+LABEL_LOSSES = [weighted_cross_entropy, dice_loss, focal_loss, dice_focal_loss,
+                lambda logits, labels: kl_distillation(logits, logits.detach().flip(1), 2.0, labels)]
+
+
+@pytest.mark.parametrize("loss", LABEL_LOSSES)
+def test_quarter_size_logits_are_resized_bilinearly_first(batch, loss):
+    logits, labels, _ = batch
+    large = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)                # (B, 4H, 4W)
+    resized = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)
+    assert loss(logits, large).item() == pytest.approx(loss(resized, large).item())
+
+
+# ---------------------------------------------------------------- what must hold of all of them
+
+@pytest.mark.parametrize("loss", LABEL_LOSSES)
+def test_all_void_batch_is_zero_with_zero_gradient(batch, loss):
+    logits, labels, _ = batch
+    logits.requires_grad_()
+    value = loss(logits, torch.full_like(labels, IGNORE))
+    value.backward()
+    assert value.item() == 0 and logits.grad.abs().max().item() == 0
+
+
+@pytest.mark.parametrize("loss", LABEL_LOSSES)
+def test_void_pixels_teach_nothing(batch, loss):
+    """Whatever the network says on a void pixel, the loss is the same."""
+    logits, labels, _ = batch
+    other = logits + 100 * torch.randn_like(logits) * (labels == IGNORE)[:, None]
+    assert loss(logits, labels).item() == pytest.approx(loss(other, labels).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", LABEL_LOSSES)
+def test_label_losses_do_not_grow_with_the_batch(batch, loss):
+    logits, labels, _ = batch
+    one, two = loss(logits, labels), loss(logits.repeat(2, 1, 1, 1), labels.repeat(2, 1, 1))
+    tolerance = 0.1 if loss in (dice_loss, dice_focal_loss) else 1e-12            # eps = 1 is shared by more pixels
+    assert two.item() == pytest.approx(one.item(), rel=tolerance)
+
+
+def test_feature_losses_do_not_grow_with_the_batch_and_spare_the_teacher(maps):
+    student, teacher = (x.requires_grad_() for x in maps)
+    for loss in (cskd, lambda s, t: pekd([s] * 4, [t] * 4), kl_distillation):
+        twice = loss(student.repeat(2, 1, 1, 1), teacher.repeat(2, 1, 1, 1))
+        assert twice.item() == pytest.approx(loss(student, teacher).item(), rel=1e-12)
+        twice.backward()
+        assert teacher.grad is None
+    assert cskd(teacher, teacher).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_zero_features_have_finite_gradients():
+    """A dead channel or pixel has no direction: its cosine must not make NaN of the whole gradient."""
+    student = torch.zeros(B, C, H, W, requires_grad=True)
+    cskd(student, torch.randn(B, C, H, W)).backward()
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_raised_inside(batch, maps, dtype):
+    """Large half-precision features, whose squares overflow float16, give the float32 value, inside autocast or not."""
+    logits, labels, weight = batch
+    student, teacher = ((300 * x).to(dtype) for x in maps)
+    logits, other = logits.to(dtype), logits.flip(0).to(dtype)
+    cases = [(cskd, student, teacher), (lambda s, t: pekd([s] * 4, [t] * 4), student, teacher),
+             (kl_distillation, logits, other), (lambda x, y: weighted_cross_entropy(x, y, weight), logits, labels),
+             (lambda x, y: dice_focal_loss(x, y, weight), logits, labels)]
+    for loss, first, second in cases:
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = loss(first, second)
+        expected = loss(first.float(), second.float() if second.is_floating_point() else second)
+        assert inside.dtype == torch.float32 and inside.item() == expected.item()
+        assert loss(first, second).item() == expected.item()
+
+
+def test_projections_reach_the_teacher_when_trained():
+    """Both projections learn an affine teacher exactly, negative values included (a ReLU behind them could not)."""
+    torch.manual_seed(3)
+    student = [torch.randn(2, dim, 6, 6) for dim in (2, 3, 4, 5)]
+    teacher = [torch.einsum("oc,bchw->bohw", torch.randn(dim * 2, dim), x) + 1 for dim, x in zip((2, 3, 4, 5), student)]
+    projections = Projections((2, 3, 4, 5), (4, 6, 8, 10))
+    optimizer = torch.optim.LBFGS(projections.parameters(), max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        stages, patch_embeds = projections(student, student)
+        loss = pekd(stages, teacher, (1, 1, 1, 1)) + pekd(patch_embeds, teacher, (1, 1, 1, 1))
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    assert closure().item() < 1e-4
+    assert all(p.grad is not None for p in projections.parameters()) and len(list(projections.parameters())) == 16
+
+
+# ---------------------------------------------------------------- the mistakes, and what they compute
+
+def test_mistake_channel_cosine_by_a_view_compares_neighbouring_pixels():
+    """(B, C, H, W).view(B, H*W, C) does not gather the channels of a pixel: it cuts one channel's row into pieces of C.
+
+    A student that points exactly in the teacher's direction at every pixel has cosine 1 there, whatever its length;
+    the view sees a mixture of lengths and scores it well below.
+    """
+    torch.manual_seed(4)
+    teacher = torch.randn(1, 8, 16, 16)
+    student = teacher * (0.1 + 3 * torch.rand(1, 1, 16, 16))                      # same direction, other length
+    right = F.cosine_similarity(student, teacher, dim=1).mean()
+    wrong = F.cosine_similarity(student.view(1, 256, 8), teacher.view(1, 256, 8), dim=2).mean()
+    assert right.item() == pytest.approx(1.0, abs=1e-5) and wrong.item() < 0.95
+    assert cskd(student, teacher, lambda_m=0, lambda_s=1).item() == pytest.approx(
+        (1 - F.cosine_similarity(student.flatten(2), teacher.flatten(2), dim=2)).mean().item(), abs=1e-5)
+
+
+def test_mistake_focal_on_weighted_cross_entropy_raises_p_to_the_power_of_the_weight():
+    """exp(-w CE) = p^w. A pixel of a rare class (w = 10) predicted at p = 0.9 then counts as p = 0.35, a hard one."""
+    p, w = 0.9, 10.0
+    logits = torch.tensor([math.log(p), math.log(1 - p)]).view(1, 2, 1, 1)
+    label = torch.zeros(1, 1, 1, dtype=torch.long)
+    weighted = F.cross_entropy(logits, label, torch.tensor([w, 1.0]), reduction="none")
+    wrong = ((1 - torch.exp(-weighted)) ** 2 * weighted).item()
+    right = focal_loss(logits, label, torch.tensor([w, 1.0])).item()
+    assert torch.exp(-weighted).item() == pytest.approx(p ** w, rel=1e-5)
+    assert right == pytest.approx(-w * (1 - p) ** 2 * math.log(p), rel=1e-4)
+    assert wrong > 40 * right
+
+
+def test_mistake_mean_over_void_pixels_weakens_the_loss(batch):
+    """ignore_index makes void pixels 0, but .mean() still counts them: with a third void, a third of the loss is gone."""
+    logits, labels, _ = batch
+    wrong = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").mean()
+    share = (labels != IGNORE).double().mean()
+    assert wrong.item() == pytest.approx((share * weighted_cross_entropy(logits, labels)).item())
+    assert share < 0.7
+
+
+def test_mistake_sum_over_the_batch_makes_lambda_depend_on_it(maps):
+    """Summed over the batch, lambda_FD = 1 at batch 2 acts like 2: the number changes with the batch and nothing else."""
+    student, teacher = maps
+    wrong = sum(cskd(s[None], t[None]) for s, t in zip(student, teacher))
+    assert wrong.item() == pytest.approx(B * cskd(student, teacher).item())
+
+
+def test_mistake_relu_behind_the_projection_cannot_match_signed_features(maps):
+    """The best non-negative student still misses every negative value of the teacher; half of the features are."""
+    _, teacher = maps
+    best = teacher.clamp(min=0)
+    missed = (teacher.clamp(max=0) ** 2).mean()
+    assert pekd([best] * 4, [teacher] * 4, (1, 0, 0, 0)).item() == pytest.approx(missed.item()) and missed > 0.3
+
+
+def test_mistake_projections_outside_the_optimizer_never_move():
+    """An optimizer made from the student alone leaves the projections random: the distance is learned by nobody."""
+    student, projections = torch.nn.Conv2d(3, 4, 1), Projections((4,), (8,))
+    before = [p.clone() for p in projections.parameters()]
+    forgotten = torch.optim.SGD(student.parameters(), lr=0.1)
+    x, teacher = torch.randn(1, 3, 4, 4), torch.randn(1, 8, 4, 4)
+    stages, _ = projections([student(x)], [student(x)])
+    cskd(stages[0], teacher).backward()
+    forgotten.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, projections.parameters()))
+    assert projections.stages[0].weight.grad.abs().max() > 0                      # there was something to learn
+
+
+def test_mistake_kl_reductions_differ_by_the_number_of_pixels_or_classes(batch, maps):
+    """F.kl_div's reductions: "batchmean" divides by B only, "mean" by B C H W; the mean over pixels is neither."""
+    student, teacher = maps
+    args = student.log_softmax(1), teacher.softmax(1)
+    right = kl_distillation(student, teacher).item()
+    assert F.kl_div(*args, reduction="batchmean").item() == pytest.approx(H * W * right)
+    assert F.kl_div(*args, reduction="mean").item() == pytest.approx(right / C)
