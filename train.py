@@ -1,0 +1,548 @@
+"""Train a SegFormer, with or without a teacher.
+
+    python train.py --student b2 --out runs/teacher                                         # 1. a teacher: a plain run
+    python train.py --student b0 --teacher b2.pth --lambda-fd 1 --lambda-pe 1               # 2. distil it (CSKD + PEKD)
+    python train.py --student b0 --loss dice-focal                                          # EffiSeg's refined loss
+    python train.py --student b0 --norm dyt-dyl                                             # EffiSeg's norms
+    python train.py --student b0 --teacher b2.pth --data camvid:DIR --lambda-kl 1 --temperature 4 --lambda-fd 0 --lambda-pe 0
+    torchrun --nproc-per-node 2 train.py ...                                                # several GPUs or processes
+    python train.py --resume                                                                # go on where it stopped
+
+Without --data it trains on toy scenes that are drawn on the fly. The loss is eq. 9 of the paper,
+
+    total = supervision + lambda_KL KL + lambda_FD sum_stages CSKD + lambda_PE PEKD,        supervision = WCE, or eq. 14
+
+A run writes to --out: best.pth (by mIoU on the validation split), last.pth (with all that --resume needs), log.csv (every
+loss term of every step), scores.csv, recipe.json, pictures.png. Every random number of step n is a function of (seed, n),
+so a resumed run is the run that was never stopped.
+
+References
+  Kim et al., EffiSeg, 2025: the losses (section 3.2-3.3) and the defaults (section 4.3)
+  Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, arXiv:1711.05101: AdamW
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data import CITYSCAPES, IGNORE, Augment, Stream, open_dataset, pixel_counts
+from eval import (MISTAKES, UsageError, check_classes, draw_comparison, evaluate, make_folder, pick_device, scores,
+                  show_progress, table)
+from losses import (Projections, class_weights, cskd, dice_loss, focal_loss, kl_distillation, pekd, weighted_cross_entropy)
+from model import NORMS, SIZES, SMALLEST, load_checkpoint, read_checkpoint, save_checkpoint, segformer
+
+# The paper's defaults (section 4.3; clipping at 1 and no weight decay are its trainer's), then what suits each data set.
+PAPER = dict(student="b0", teacher=None, data="toy", epochs=200, batch_size=2, accum=1, crop=[512, 1024], scale_range=[0.5, 2.0],
+             augment="segformer", lr=6e-4, weight_decay=0.0, warmup=0.05, grad_clip=1.0, norm="ln", loss="wce", lambda_dice=0.5,
+             temperature=1.0, lambda_m=1.0, lambda_s=0.5, fold=None, folds=2, fold_by=None, amp="auto", seed=0,
+             device="auto")
+SUITS = {
+    "toy": dict(iters=300, batch_size=4, crop=[96, 192], scale_range=[0.75, 1.5], eval_every=100),
+    "camvid": dict(iters=40_000, batch_size=4, crop=[288, 288], eval_every=1000),
+    "cityscapes": dict(augment="plain"),
+    "folder": dict(crop=[512, 512]),
+}
+MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every")        # on resume; the rest is the experiment
+REPORT_EVERY = 20                                                 # steps between two reads of the losses from the device
+
+
+class NotFinite(ArithmeticError):
+    """A loss became NaN or infinite; the message names the term and the step."""
+
+
+# ---------------------------------------------------------------- the objective
+
+def loss_weights(args):
+    """{term: its weight in the total}, eq. 9 and 14; terms of weight 0 are not computed."""
+    supervision = {"wce": 1.0} if args.loss == "wce" else {"dice": args.lambda_dice, "focal": 1 - args.lambda_dice}
+    distillation = {"kl": args.lambda_kl, "fd": args.lambda_fd, "pe": args.lambda_pe} if args.teacher else {}
+    return {term: weight for term, weight in (supervision | distillation).items() if weight}
+
+
+class Objective(nn.Module):
+    """The student, the projections to its teacher's widths, and the loss terms: all that is trained, in one module."""
+
+    def __init__(self, student, projections, args, class_weight):
+        super().__init__()
+        self.student, self.projections, self.args = student, projections, args
+        self.weights = loss_weights(args)
+        self.register_buffer("class_weight", class_weight)
+        if projections is not None:                               # what no loss uses gets no gradient: it is not trained
+            projections.stages.requires_grad_("fd" in self.weights)
+            projections.patch_embeds.requires_grad_("pe" in self.weights)
+
+    def forward(self, images, labels, target=None):
+        """Images (B, 3, H, W), labels (B, H, W), the teacher's Features -> {term: scalar}."""
+        args, own = self.args, self.student.features(images)
+        if "fd" in self.weights or "pe" in self.weights:
+            stages, patch_embeds = self.projections(own.stages, own.patch_embeds)
+        formulas = {
+            "wce": lambda: weighted_cross_entropy(own.logits, labels, self.class_weight),
+            "dice": lambda: dice_loss(own.logits, labels),
+            "focal": lambda: focal_loss(own.logits, labels, self.class_weight),
+            "kl": lambda: kl_distillation(own.logits, target.logits, args.temperature, labels),
+            "fd": lambda: sum(cskd(s, t, args.lambda_m, args.lambda_s) for s, t in zip(stages, target.stages)),
+            "pe": lambda: pekd(patch_embeds, target.patch_embeds),
+        }
+        return {term: formulas[term]() for term in self.weights}
+
+
+def shares(labels, class_weight, terms):
+    """What each term's mean is taken over, in this part of the batch -> {term: scalar}.
+
+    A mean over labelled pixels must stay one when the batch is cut into parts (--accum, torchrun): the mean of the parts'
+    means would let a pixel in a half-void part count double. Weighted by these shares, the parts add up to the whole.
+    """
+    valid = labels != IGNORE
+    weighted = class_weight[labels[valid].long()].sum()
+    over = {"wce": weighted, "focal": valid.sum(), "kl": valid.sum()}              # the others: the parts are equally large
+    return torch.stack([over.get(term, torch.ones_like(weighted)).float() for term in terms])
+
+
+def learning_rate(step, iters, peak, warmup):
+    """Linear from 0 over the first `warmup` share of the steps, then linear (polynomial of power 1) to 0."""
+    ramp = warmup * iters
+    if step < ramp:
+        return peak * (step + 1) / (ramp + 1)
+    return peak * (iters - step) / max(iters - ramp, 1)
+
+
+def make_optimizer(objective, args, device):
+    """AdamW over every trainable parameter; decay on matrices only, not on norms and biases."""
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=args.weight_decay),
+              dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+
+
+def check_owned(objective, optimizer):
+    """Every trainable parameter is the optimizer's: the published code forgot its projections."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    forgotten = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in owned]
+    if forgotten:
+        raise RuntimeError(f"the optimizer does not own {len(forgotten)} trainable parameters, first {', '.join(forgotten[:5])}")
+
+
+def check_gradients(objective):
+    """After the first backward every trainable parameter has a gradient, or it would never move."""
+    still = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    if still:
+        raise RuntimeError(f"{len(still)} trainable parameters get no gradient, first {', '.join(still[:5])}")
+
+
+# ---------------------------------------------------------------- one step
+
+def train_step(objective, teacher, optimizer, scaler, images, labels, args, cast):
+    """One optimizer step on this process's part of the batch, in --accum pieces. -> the terms' values, (terms,)."""
+    module = objective.module if isinstance(objective, DistributedDataParallel) else objective
+    weights = torch.tensor(list(module.weights.values()), device=images.device)
+    pieces = list(zip(images.chunk(args.accum), labels.chunk(args.accum)))
+    over = torch.stack([shares(part, module.class_weight, module.weights) for _, part in pieces])         # (accum, terms)
+    total = all_reduce(over.sum(0)).clamp(min=torch.finfo(torch.float32).tiny)                            # (terms,)
+    values = torch.zeros_like(weights)
+    for i, (image, label) in enumerate(pieces):
+        last = i == len(pieces) - 1
+        with contextlib.nullcontext() if last or objective is module else objective.no_sync():
+            with cast():
+                with torch.no_grad():
+                    target = teacher.features(image) if teacher is not None else None
+                terms = objective(image, label, target)
+            terms = torch.stack(list(terms.values())) * over[i] / total                                   # (terms,)
+            scaler.scale((weights * terms).sum() * world_size()).backward()                               # DDP averages
+        values += terms.detach()
+    if args.grad_clip:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    return all_reduce(values)
+
+
+# ---------------------------------------------------------------- several processes (torchrun)
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_reduce(tensor):
+    """Sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def join_processes(device):
+    """Under torchrun: join the others, one GPU each. -> this process's device. Only the first one speaks."""
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def evaluate_together(model, dataset, progress=None):
+    """`evaluate` with the frames dealt to the processes -> scores of the whole data set."""
+    if dist.is_initialized():
+        for buffer in model.buffers():                            # BatchNorm's statistics: the first process's count
+            dist.broadcast(buffer, 0)
+    mine = torch.utils.data.Subset(dataset, range(rank(), len(dataset), world_size()))
+    confusion = evaluate(model.fold(), mine, model.input_size, progress=progress)
+    device = next(model.parameters()).device
+    return scores(all_reduce(confusion.to(device)))
+
+
+# ---------------------------------------------------------------- the run folder
+
+def choose_folder(args):
+    """--out, or runs/DATA-STUDENT[-kd] with a number behind it when that is taken. Raises UsageError for a used --out."""
+    if args.out:
+        folder = Path(args.out)
+        if (folder / "last.pth").exists():
+            raise UsageError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
+        return make_folder(folder)
+    name = f"runs/{args.data.split(':')[0]}-{args.student}{'-kd' if args.teacher else ''}"
+    numbers = (Path(f"{name}-{n}" if n > 1 else name) for n in range(1, 10_000))
+    return make_folder(next(folder for folder in numbers if not folder.exists()))
+
+
+def find_run(args):
+    """-> (folder, contents of its last.pth) for --resume: --out, else the newest run under runs/."""
+    found = [Path(args.out) / "last.pth"] if args.out else sorted(Path("runs").glob("*/last.pth"), key=os.path.getmtime)
+    if not found or not found[-1].exists():
+        raise UsageError(f"nothing to resume: no last.pth in {args.out or 'any folder under runs/'}")
+    content = read_checkpoint(found[-1])
+    if not isinstance(content.get("training"), dict):
+        raise UsageError(f"{found[-1]} is a checkpoint but not a run: it has no training state")
+    return found[-1].parent, content
+
+
+class Log:
+    """A CSV file that grows a row at a time; on resume the rows after `step` are dropped and will be written again."""
+
+    def __init__(self, path, columns, step):
+        rows = []
+        if step and path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+        self.file = open(path, "w", newline="")
+        self.writer = csv.writer(self.file)
+        self.writer.writerows([columns, *rows])
+        self.file.flush()
+
+    def add(self, rows):
+        self.writer.writerows(rows)
+        self.file.flush()
+
+
+def git_commit():
+    """The code's commit, "" outside a repository."""
+    result = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+# ---------------------------------------------------------------- the run
+
+def train(args):
+    """The whole run, from the flags to the last table."""
+    folder, saved = find_run(args) if args.resume else (None, None)
+    args = settle(args, saved)
+    device = join_processes(pick_device(args.device))
+    train_set, val_set = (open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by) for split in ("train", "val"))
+    total_batch = args.batch_size * args.accum * world_size()
+    args.iters = args.iters or math.ceil(args.epochs * len(train_set) / total_batch)
+    args.eval_every = args.eval_every or max(1, args.iters // 40)
+    if saved and saved["training"]["total_batch"] != total_batch:
+        raise UsageError(f"{folder} was trained with {saved['training']['total_batch']} images a step, this would be {total_batch}")
+
+    # The networks. The same seed gives the same student, with a teacher or without.
+    torch.manual_seed(args.seed)
+    student = segformer(args.student, len(train_set.classes), NORMS[args.norm])
+    student.classes, student.palette = train_set.classes, train_set.palette
+    student.input_size = args.crop if args.augment == "plain" else train_set.size
+    teacher = projections = None
+    if args.teacher:
+        teacher = load_checkpoint(args.teacher)
+        check_classes(teacher, args.teacher, train_set)
+        projections = Projections(SIZES[args.student]["dims"], SIZES[teacher.variant]["dims"])
+        teacher.input_size = student.input_size                   # it teaches at this size, so it is judged at this size
+        teacher = teacher.fold().to(device)                       # frozen: eval mode, no gradient, BatchNorm fixed
+
+    class_weight = choose_class_weights(args, train_set)
+    objective = Objective(student, projections, args, class_weight).to(device)
+    if dist.is_initialized() and device.type == "cuda":
+        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    optimizer = make_optimizer(objective, args, device)
+    check_owned(objective, optimizer)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.amp)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and device.type != "mps")
+
+    def cast():
+        return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
+
+    # Where it starts: at the beginning, or where last.pth says.
+    start, best, best_scores, teacher_scores = 0, -1.0, None, None
+    if saved:
+        state = saved["training"]
+        start, best, best_scores, teacher_scores = state["step"], state["best"], state["best_scores"], state["teacher_scores"]
+        student.load_state_dict(saved["model"])
+        if projections is not None:
+            projections.load_state_dict(state["projections"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        del saved, state
+    folder = folder or choose_folder(args) if rank() == 0 else folder
+    announce(args, folder, device, student, train_set, val_set, objective.weights, class_weight, total_batch, start)
+    if teacher is not None and teacher_scores is None:
+        teacher_scores = evaluate_together(teacher, val_set, show_progress("teacher"))
+    if teacher is not None:
+        print(f"teacher {args.teacher}: mIoU {100 * teacher_scores['miou']:.2f} % on {val_set.name} val, full resolution")
+    if rank() == 0:
+        log = Log(folder / "log.csv", ["step", "lr", "loss", *objective.weights], start)
+        score_log = Log(folder / "scores.csv", ["step", "miou", "macc", "aacc", *train_set.classes], start)
+
+    stream = Stream(train_set, Augment(args.crop, train_set.size, args.scale_range, args.augment), args.seed)
+    batches = iter(make_loader(stream, start, args, total_batch, device))
+    parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
+    weights, pending, clock = list(objective.weights.values()), [], time.time()
+    for step in range(start, args.iters):
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank())         # drop-path and dropout of this step
+        lr = learning_rate(step, args.iters, args.lr, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images, labels = (part.to(device, non_blocking=True) for part in next(batches))
+        objective.train()
+        optimizer.zero_grad(set_to_none=True)
+        values = train_step(parallel, teacher, optimizer, scaler, images.float() / 255, labels, args, cast)
+        if step == start:
+            check_gradients(objective)
+        done = step + 1
+        pending.append((done, lr, values))
+
+        evaluates = done % args.eval_every == 0 or done == args.iters
+        if len(pending) == REPORT_EVERY or evaluates:
+            rows = read_losses(pending, objective.weights, folder)
+            if rank() == 0:
+                log.add(rows)
+            speed = len(pending) * total_batch / (time.time() - clock)
+            print_progress(done, args.iters, rows[-1], objective.weights, speed, total_batch)
+            pending.clear()
+            clock = time.time()
+        if evaluates:
+            result = evaluate_together(student, val_set, show_progress("val"))
+            better = result["miou"] > best
+            best, best_scores = (result["miou"], result | {"step": done}) if better else (best, best_scores)
+            print(f"step {done}: mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, aAcc {100 * result['aacc']:.2f} % "
+                  f"on {val_set.name} val, full resolution{' (best so far)' if better else ''}")
+            if rank() == 0:
+                score_log.add([[done, *(f"{value:.6f}" for value in (result["miou"], result["macc"], result["aacc"], *result["iou"]))]])
+                if better:
+                    save_checkpoint(student, folder / "best.pth", scores=result, step=done)
+                save_checkpoint(student, folder / "last.pth", scores=result, step=done, training=dict(
+                    step=done, best=best, best_scores=best_scores, teacher_scores=teacher_scores, args=vars(args), total_batch=total_batch,
+                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                    projections=projections.state_dict() if projections is not None else None))
+            clock = time.time()
+    if rank() == 0:
+        finish(args, folder, teacher, teacher_scores, best_scores, val_set)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_class_weights(args, train_set):
+    """The paper's constants for all of Cityscapes, else 1 / ln(1.10 + share) counted on the training labels. -> (C,)"""
+    if args.data.startswith("cityscapes") and args.fold is None:
+        return torch.tensor([weight for _, _, weight in CITYSCAPES.values()])
+    return class_weights(pixel_counts(train_set))
+
+
+def make_loader(stream, start, args, total_batch, device):
+    """Batches of this process from step `start` to the end: sample numbers of the stream, so resuming is starting there."""
+    local = args.batch_size * args.accum
+    first = [step * total_batch + rank() * local for step in range(start, args.iters)]
+    return torch.utils.data.DataLoader(stream, batch_sampler=[range(n, n + local) for n in first], num_workers=args.workers,
+                                       pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
+
+
+def read_losses(pending, weights, folder):
+    """[(step, lr, values)] -> rows of the log; one read from the device for all. Raises NotFinite, naming the term."""
+    values = torch.stack([values for _, _, values in pending]).tolist()
+    rows = []
+    for (step, lr, _), terms in zip(pending, values):
+        broken = [f"{name} is {value}" for name, value in zip(weights, terms) if not math.isfinite(value)]
+        if broken:
+            raise NotFinite(f"step {step}: {' and '.join(broken)}; stopped, the last good checkpoint is {folder}/last.pth "
+                            "(if it is there). A smaller --lr, --grad-clip 1 or --amp off may help")
+        total = sum(weight * value for weight, value in zip(weights.values(), terms))
+        rows.append([step, f"{lr:.8g}", f"{total:.8g}", *(f"{value:.8g}" for value in terms)])
+    return rows
+
+
+def print_progress(done, iters, row, weights, speed, total_batch):
+    terms = " + ".join(f"{weight:g} {name} {float(value):.4f}" for (name, weight), value in zip(weights.items(), row[3:]))
+    left = round((iters - done) * total_batch / speed)
+    print(f"step {done}/{iters}  loss {float(row[2]):.4f} = {terms}  lr {float(row[1]):.2e}  {speed:.1f} images/s  "
+          f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
+
+
+def announce(args, folder, device, student, train_set, val_set, weights, class_weight, total_batch, start):
+    """Print the effective recipe and write it to recipe.json."""
+    if rank():
+        return
+    recipe = dict(vars(args), out=str(folder), total_batch=total_batch, processes=world_size(), loss_weights=weights,
+                  class_weights=[round(w, 4) for w in class_weight.tolist()], classes=train_set.classes,
+                  train_frames=len(train_set), val_frames=len(val_set), input_size=student.input_size,
+                  parameters=sum(p.numel() for p in student.parameters()), device_used=str(device),
+                  device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+                  threads=torch.get_num_threads(), torch=torch.__version__, commit=git_commit(), command=" ".join(sys.argv))
+    (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
+    print(f"{train_set.name}: {len(train_set)} train, {len(val_set)} val frames, {len(train_set.classes)} classes; "
+          f"crops {args.crop[0]}x{args.crop[1]}, {args.augment} augmentation")
+    print(f"student SegFormer-{args.student.upper()}, norm {args.norm}, {recipe['parameters']:,} parameters, on {device}, amp {args.amp}")
+    print("loss = " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()) + f"; AdamW, lr {args.lr:g} with "
+          f"{100 * args.warmup:g} % warm-up, decay {args.weight_decay:g}, clip {args.grad_clip:g}")
+    print(f"{args.iters} steps of {total_batch} images = {args.batch_size} x {args.accum} accumulated x {world_size()} processes, "
+          f"{args.iters * total_batch / len(train_set):.1f} epochs, seed {args.seed}; writing to {folder}"
+          + (f"; resuming after step {start}" if start else ""), flush=True)
+
+
+def finish(args, folder, teacher, teacher_scores, best_scores, val_set):
+    """The table of per-class IoU and the picture, for the teacher and the student's best checkpoint."""
+    best = load_checkpoint(folder / "best.pth").fold()
+    models, names = [best], [f"{args.student} best"]
+    results = [best_scores]
+    if teacher is not None:
+        models, names, results = [teacher.cpu(), best], [f"teacher {teacher.variant}", f"student {args.student}"], [teacher_scores, best_scores]
+    some = np.linspace(0, len(val_set) - 1, min(4, len(val_set))).astype(int).tolist()
+    draw_comparison(folder / "pictures.png", models, names, val_set, some)
+    print(f"\n{val_set.name} val, {len(val_set)} frames, full resolution; best checkpoint: step {best_scores['step']}")
+    print(table(names, results, val_set.classes))
+    print(f"\npictures: {folder / 'pictures.png'}; checkpoints: {folder / 'best.pth'}, {folder / 'last.pth'}")
+
+
+# ---------------------------------------------------------------- flags
+
+def settle(args, saved=None):
+    """Fill in what was not given: from the run that is resumed, else the data set's defaults, else the paper's."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if saved:
+        stored = saved["training"]["args"]
+        changed = [name for name in given if name not in MAY_CHANGE and given[name] != stored.get(name)]
+        if changed:
+            name = changed[0]
+            raise UsageError(f"--{name.replace('_', '-')} {given[name]} differs from the resumed run's {stored.get(name)}: "
+                             "that would be another experiment; leave it out, or start a new run")
+        return argparse.Namespace(**(stored | given))
+    kind = given.get("data", PAPER["data"]).split(":")[0]
+    suits = SUITS.get(kind, {})
+    if "epochs" in given:
+        suits = {name: value for name, value in suits.items() if name != "iters"}
+    distils = 1.0 if args.teacher else 0.0
+    full = {name: None for name in vars(args)} | PAPER | dict(lambda_kl=0.0, lambda_fd=distils, lambda_pe=distils)
+    full |= dict(workers=min(4, os.cpu_count() or 1)) | suits | given
+    full["amp"] = ("fp16" if torch.cuda.is_available() and full["device"] in ("auto", "cuda") else "off") if full["amp"] == "auto" else full["amp"]
+    return argparse.Namespace(**full)
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: a number of `kind` in [low, high], or (low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not (value > low if open_low else value >= low) or not value <= high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else ""))
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def build_parser():
+    """All flags default to None, "not given": settle() fills them in."""
+    parser = argparse.ArgumentParser(description="Train a SegFormer, with or without a teacher.",
+                                     epilog="Defaults are the paper's, or what suits the data: see PAPER and SUITS in train.py.")
+    add, positive, weight = parser.add_argument, number(int, 1), number(float, 0.0)
+    add("--student", choices=SIZES, help="the network to train (default b0)")
+    add("--teacher", metavar="FILE", help="checkpoint of the teacher to distil")
+    add("--data", help="toy, camvid:DIR, cityscapes:DIR or folder:DIR (default toy)")
+    add("--out", metavar="DIR", help="the run's folder (default runs/DATA-STUDENT, numbered)")
+    add("--iters", type=positive, help="optimizer steps (default: --epochs; CamVid 40,000, toy 300)")
+    add("--epochs", type=positive, help="passes over the data, when --iters is not given (default 200)")
+    add("--batch-size", type=positive, help="images a process and forward pass (default 2; CamVid and toy 4)")
+    add("--accum", type=positive, help="forward passes a step; the batch of a step is batch-size x accum x processes (default 1)")
+    add("--crop", type=number(int, SMALLEST), nargs=2, metavar=("H", "W"), help="size of a training image (default 512 1024; CamVid 288 288)")
+    add("--scale-range", type=number(float, 0.0, 16, open_low=True), nargs=2, metavar=("LO", "HI"), help="random scale before the crop (default 0.5 2)")
+    add("--augment", choices=("segformer", "plain"), help="segformer: scale, crop, flip, colours; plain: the paper's resize and flip (default "
+        "segformer; Cityscapes plain)")
+    add("--lr", type=number(float, 0.0, open_low=True), help="peak learning rate (default 6e-4)")
+    add("--weight-decay", type=weight, help="of matrices; norms and biases have none (default 0)")
+    add("--warmup", type=number(float, 0.0, 1.0), help="share of the steps with rising learning rate (default 0.05)")
+    add("--grad-clip", type=weight, help="largest norm of the gradient, 0 for no clipping (default 1)")
+    add("--norm", choices=NORMS, help="ln; dyt: DyT after patch embeddings; dyt-dyl: and DyL elsewhere; dyt-dyl-ln: but for stage ends (default ln)")
+    add("--loss", choices=("wce", "dice-focal"), help="supervision: eq. 3, or eq. 14 (default wce)")
+    add("--lambda-dice", type=number(float, 0.0, 1.0), help="weight of Dice in dice-focal, focal has the rest (default 0.5)")
+    add("--lambda-kl", type=weight, help="weight of KL distillation (default 0)")
+    add("--temperature", type=number(float, 0.0, open_low=True), help="of KL distillation (default 1)")
+    add("--lambda-fd", type=weight, help="weight of CSKD on the stages (default 1 with a teacher)")
+    add("--lambda-pe", type=weight, help="weight of PEKD on the patch embeddings (default 1 with a teacher)")
+    add("--lambda-m", type=weight, help="weight of CSKD's guided squared error (default 1)")
+    add("--lambda-s", type=weight, help="weight of CSKD's cosines (default 0.5)")
+    add("--fold", type=number(int, 0), help="validate on this fold and train on the others; counts from 0 (default: the data's own splits)")
+    add("--folds", type=number(int, 2), help="how many folds (default 2)")
+    add("--fold-by", choices=("drive", "block", "shuffle"), help="whole drives, blocks of neighbours, or shuffled frames, which leak")
+    add("--amp", choices=("auto", "fp16", "bf16", "off"), help="mixed precision; auto: fp16 on CUDA, else off")
+    add("--workers", type=number(int, 0), help="processes that read data (default: up to 4)")
+    add("--seed", type=number(int, 0), help="of weights, order, augmentation and dropout (default 0)")
+    add("--eval-every", type=positive, help="steps between validations and checkpoints (default: 40 in a run; CamVid 1000, toy 100)")
+    add("--resume", action="store_true", default=None, help="go on with the run in --out, or the newest under runs/")
+    add("--device", help="auto (CUDA, then MPS, then CPU), or one of them by name")
+    return parser
+
+
+def check_flags(parser, args):
+    """What single flags cannot tell: combinations that would do nothing or make no sense."""
+    for flag in ("lambda_kl", "lambda_fd", "lambda_pe"):
+        if getattr(args, flag) and not args.teacher and not args.resume:
+            parser.error(f"--{flag.replace('_', '-')} needs a --teacher")
+    if args.scale_range and args.scale_range[0] > args.scale_range[1]:
+        parser.error("--scale-range: LO is larger than HI")
+    if args.iters and args.epochs:
+        parser.error("--iters and --epochs say the same thing: give one")
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    check_flags(parser, args)
+    try:
+        train(args)
+    except MISTAKES as error:
+        sentence = str(error).strip().splitlines()[-1]            # from a loader's worker it comes with that worker's traceback
+        print(f"error: {sentence.removeprefix('data.DatasetError: ')}", file=sys.stderr)
+        sys.exit(2)
+    except NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
