@@ -13,6 +13,7 @@ References
 """
 
 import argparse
+import ctypes
 import json
 import math
 import sys
@@ -156,6 +157,15 @@ def pick_device(name):
         raise UsageError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
 
 
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks: by default they go back to the kernel, and every step pays again for fetching
+    zeroed pages, which is 40 % of a training step on a CPU. Changes no result; other C libraries are left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)                                            # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, -1)                                           # M_TRIM_THRESHOLD: never give the top of the heap back
+
+
 def check_classes(model, path, dataset):
     """Refuse a model whose classes are not the data's: its scores would be nonsense, or its lessons as a teacher."""
     if model.num_classes != len(dataset.classes):
@@ -279,6 +289,7 @@ def main():
         parser.error("--images takes one checkpoint")
     if args.size and args.size != [0, 0] and min(args.size) < SMALLEST:
         parser.error(f"--size must be at least {SMALLEST} {SMALLEST}, or 0 0")
+    keep_freed_memory()
     try:
         device = pick_device(args.device)
         models = {path: load_checkpoint(path).fold().to(device) for path in args.checkpoints}

@@ -43,6 +43,7 @@ SIZES = {
 HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)                    # per stage, in every size
 MLP_RATIO, DROP_PATH, DROPOUT = 4, 0.1, 0.1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # ImageNet's, of RGB in [0, 1]
+CACHED = 2 ** 21                                                  # floats of a map that a CPU's caches hold: 8 MiB
 SMALLEST = 32                                                     # pixels: below it stage 4 has no token left
 
 
@@ -110,6 +111,19 @@ def as_tokens(image):
     return image.permute(0, 2, 3, 1)
 
 
+def slices(channels, x):
+    """Cut `channels` so that a map of one slice, with the pixels of x (B, H, W, C), stays in a CPU's cache. -> [slice]
+
+    Between the large linear maps of this network stand only steps that look at one channel at a time (depthwise
+    convolution, GELU, ReLU, resizing), so at inference the widest maps need never exist as a whole: a third of the time
+    on a CPU went into fetching memory for them. Everything in one slice for gradients, which keep it all, and elsewhere.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return [slice(0, channels)]
+    width = max(64, CACHED // x.shape[:-1].numel())
+    return [slice(i, i + width) for i in range(0, channels, width)]
+
+
 class PatchEmbed(nn.Module):
     """Overlapping patches: a strided convolution, then a norm ([1] section 3.1)."""
 
@@ -167,9 +181,13 @@ class MixFFN(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):                                         # (B, H, W, C)
-        x = self.fc1(x)                                           # (B, H, W, 4C)
-        x = as_tokens(self.dwconv(as_image(x)))                   # (B, H, W, 4C)
-        return self.fc2(F.gelu(x))                                # (B, H, W, C)
+        fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
+        out = fc2.bias
+        for part in slices(fc1.out_features, x):                  # n of the 4C hidden channels
+            hidden = F.linear(x, fc1.weight[part], fc1.bias[part])                  # (B, H, W, n)
+            hidden = as_tokens(F.conv2d(as_image(hidden), dwconv.weight[part], dwconv.bias[part], padding=1, groups=hidden.shape[3]))
+            out = out + F.linear(F.gelu(hidden), fc2.weight[:, part])               # (B, H, W, C)
+        return out
 
 
 class Block(nn.Module):
@@ -211,12 +229,20 @@ class Stage(nn.Module):
 
 def fuse_stages(stages, weights, bias):
     """sum_i up(weights_i stage_i) + bias at the first stage's size. (B, C_i, H_i, W_i), (D, C_i), (D,) -> (B, D, H_1, W_1)."""
-    size = stages[0].shape[2:]
     fused = as_image(F.linear(as_tokens(stages[0]), weights[0], bias))
     for stage, weight in zip(stages[1:], weights[1:]):
         narrow = as_image(F.linear(as_tokens(stage), weight))     # (B, D, H_i, W_i)
-        fused = fused + F.interpolate(narrow, size=size, mode="bilinear", align_corners=False)
+        fused += F.interpolate(narrow, size=fused.shape[2:], mode="bilinear", align_corners=False)
     return fused
+
+
+def classify(stages, weights, bias, classifier):
+    """classifier(relu(fuse_stages(stages, weights, bias))), a slice of the D channels at a time. -> (B, num_classes, H_1, W_1)"""
+    logits = classifier.bias.view(1, -1, 1, 1)
+    for part in slices(len(bias), as_tokens(stages[0])):
+        x = F.relu(fuse_stages(stages, [weight[part] for weight in weights], bias[part]))       # (B, n, H_1, W_1)
+        logits = logits + F.conv2d(x, classifier.weight[:, part])
+    return logits
 
 
 class Decoder(nn.Module):
@@ -247,26 +273,31 @@ class Decoder(nn.Module):
         weights = [F_i @ linear.weight for F_i, linear in zip(slices, self.linear)]
         return weights, sum(F_i @ linear.bias for F_i, linear in zip(slices, self.linear))
 
+    def folded(self):
+        """-> the products with the BatchNorm's scale and shift inside, as it is in eval mode."""
+        weights, bias = self.products()
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()   # (D,)
+        return [scale[:, None] * weight for weight in weights], scale * (bias - self.norm.running_mean) + self.norm.bias
+
     def forward(self, stages):                                    # four of (B, C_i, H_i, W_i)
+        if not self.training and not torch.is_grad_enabled():
+            return classify(stages, *self.folded(), self.classifier)
         x = fuse_stages(stages, *self.products())                 # (B, D, H/4, W/4)
         x = self.dropout(F.relu(self.norm(x)))                    # (B, D, H/4, W/4)
         return self.classifier(x)                                 # (B, num_classes, H/4, W/4)
 
 
 class FoldedDecoder(nn.Module):
-    """`Decoder` for inference: the products are made once, with the BatchNorm's scale and shift inside."""
+    """`Decoder` for inference, with its four matrices and one bias made once."""
 
     def __init__(self, decoder):
         super().__init__()
-        norm = decoder.norm
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()                  # (D,)
-        weights, bias = decoder.products()
-        self.weights = nn.ParameterList(scale[:, None] * weight for weight in weights)
-        self.bias = nn.Parameter(scale * (bias - norm.running_mean) + norm.bias)
+        weights, bias = decoder.folded()
+        self.weights, self.bias = nn.ParameterList(weights), nn.Parameter(bias)
         self.classifier = decoder.classifier
 
     def forward(self, stages):                                    # four of (B, C_i, H_i, W_i)
-        return self.classifier(F.relu(fuse_stages(stages, list(self.weights), self.bias)))
+        return classify(stages, list(self.weights), self.bias, self.classifier)
 
 
 # ---------------------------------------------------------------- the network

@@ -40,7 +40,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import CITYSCAPES, IGNORE, Augment, Stream, open_dataset, pixel_counts
-from eval import (MISTAKES, UsageError, check_classes, draw_comparison, evaluate, make_folder, pick_device, scores,
+from eval import (MISTAKES, UsageError, check_classes, draw_comparison, evaluate, keep_freed_memory, make_folder, pick_device, scores,
                   show_progress, table)
 from losses import (Projections, class_weights, cskd, dice_loss, focal_loss, kl_distillation, pekd, weighted_cross_entropy)
 from model import NORMS, SIZES, SMALLEST, load_checkpoint, read_checkpoint, save_checkpoint, segformer
@@ -533,6 +533,7 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     check_flags(parser, args)
+    keep_freed_memory()
     try:
         train(args)
     except MISTAKES as error:
