@@ -232,17 +232,18 @@ def fuse_stages(stages, weights, bias):
     fused = as_image(F.linear(as_tokens(stages[0]), weights[0], bias))
     for stage, weight in zip(stages[1:], weights[1:]):
         narrow = as_image(F.linear(as_tokens(stage), weight))     # (B, D, H_i, W_i)
-        fused += F.interpolate(narrow, size=fused.shape[2:], mode="bilinear", align_corners=False)
+        wide = F.interpolate(narrow, size=fused.shape[2:], mode="bilinear", align_corners=False)      # (B, D, H_1, W_1)
+        fused = fused + wide if torch.is_grad_enabled() else fused.add_(wide)       # in place would copy in the backward
     return fused
 
 
 def classify(stages, weights, bias, classifier):
     """classifier(relu(fuse_stages(stages, weights, bias))), a slice of the D channels at a time. -> (B, num_classes, H_1, W_1)"""
-    logits = classifier.bias.view(1, -1, 1, 1)
+    logits, matrix = classifier.bias, classifier.weight.flatten(1)                              # (num_classes, D)
     for part in slices(len(bias), as_tokens(stages[0])):
         x = F.relu(fuse_stages(stages, [weight[part] for weight in weights], bias[part]))       # (B, n, H_1, W_1)
-        logits = logits + F.conv2d(x, classifier.weight[:, part])
-    return logits
+        logits = logits + F.linear(as_tokens(x), matrix[:, part])                               # (B, H_1, W_1, num_classes)
+    return as_image(logits).contiguous()
 
 
 class Decoder(nn.Module):
@@ -284,7 +285,8 @@ class Decoder(nn.Module):
             return classify(stages, *self.folded(), self.classifier)
         x = fuse_stages(stages, *self.products())                 # (B, D, H/4, W/4)
         x = self.dropout(F.relu(self.norm(x)))                    # (B, D, H/4, W/4)
-        return self.classifier(x)                                 # (B, num_classes, H/4, W/4)
+        logits = F.linear(as_tokens(x), self.classifier.weight.flatten(1), self.classifier.bias)    # a conv's gradient would
+        return as_image(logits).contiguous()                      # (B, num_classes, H/4, W/4)      come back in the other layout
 
 
 class FoldedDecoder(nn.Module):
@@ -336,6 +338,11 @@ class SegFormer(nn.Module):
 
     def features(self, images):                                   # (B, 3, H, W)
         """-> Features(logits, stages, patch_embeds), what the distillation losses compare."""
+        stages, patch_embeds = self.encode(images)
+        return Features(self.decoder(stages), stages, patch_embeds)
+
+    def encode(self, images):                                     # (B, 3, H, W)
+        """-> (stages, patch_embeds) without the decoder, which a teacher of features alone need not run."""
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < SMALLEST or not images.is_floating_point():
             raise ValueError(f"SegFormer takes float images (B, 3, H, W) in [0, 1] of at least {SMALLEST} x {SMALLEST} "
                              f"pixels, not {images.dtype} {tuple(images.shape)}")
@@ -345,7 +352,7 @@ class SegFormer(nn.Module):
             x, embedded = stage(x)                                # (B, C_i, H_i, W_i)   strides 4, 8, 16, 32
             stages.append(x)
             patch_embeds.append(embedded)
-        return Features(self.decoder(stages), stages, patch_embeds)
+        return stages, patch_embeds
 
     @torch.no_grad()
     def fold(self):

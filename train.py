@@ -43,7 +43,7 @@ from data import CITYSCAPES, IGNORE, Augment, Stream, open_dataset, pixel_counts
 from eval import (MISTAKES, UsageError, check_classes, draw_comparison, evaluate, keep_freed_memory, make_folder, pick_device, scores,
                   show_progress, table)
 from losses import (Projections, class_weights, cskd, dice_loss, focal_loss, kl_distillation, pekd, weighted_cross_entropy)
-from model import NORMS, SIZES, SMALLEST, load_checkpoint, read_checkpoint, save_checkpoint, segformer
+from model import NORMS, SIZES, SMALLEST, Features, load_checkpoint, read_checkpoint, save_checkpoint, segformer
 
 # The paper's defaults (section 4.3; clipping at 1 and no weight decay are its trainer's), then what suits each data set.
 PAPER = dict(student="b0", teacher=None, data="toy", epochs=200, batch_size=2, accum=1, crop=[512, 1024], scale_range=[0.5, 2.0],
@@ -146,6 +146,11 @@ def check_gradients(objective):
 
 # ---------------------------------------------------------------- one step
 
+def ask_teacher(teacher, images, wants_logits):
+    """-> the teacher's Features; without the logits where no loss reads them, since its decoder costs an eighth of it."""
+    return teacher.features(images) if wants_logits else Features(None, *teacher.encode(images))
+
+
 def train_step(objective, teacher, optimizer, scaler, images, labels, args, cast):
     """One optimizer step on this process's part of the batch, in --accum pieces. -> the terms' values, (terms,)."""
     module = objective.module if isinstance(objective, DistributedDataParallel) else objective
@@ -159,7 +164,7 @@ def train_step(objective, teacher, optimizer, scaler, images, labels, args, cast
         with contextlib.nullcontext() if last or objective is module else objective.no_sync():
             with cast():
                 with torch.no_grad():
-                    target = teacher.features(image) if teacher is not None else None
+                    target = ask_teacher(teacher, image, "kl" in module.weights) if teacher is not None else None
                 terms = objective(image, label, target)
             terms = torch.stack(list(terms.values())) * over[i] / total                                   # (terms,)
             scaler.scale((weights * terms).sum() * world_size()).backward()                               # DDP averages
