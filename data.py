@@ -122,11 +122,13 @@ class Dataset:
         return len(self.stems)
 
     def __getitem__(self, i):
-        image, label = self.read_image(i), self.read_label(i)                       # (H, W, 3), (H, W)
+        return self.finish(i, self.read_image(i), self.read_label(i))
+
+    def finish(self, i, image, label):                            # (H, W, 3), (H, W)
         if image.shape[:2] != label.shape:
             raise DatasetError(f"{self.where(i)}: the image has {image.shape[1]}x{image.shape[0]} pixels, "
                                f"its label {label.shape[1]}x{label.shape[0]}")
-        image, label = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
+        image, label = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)           # (3, H, W), (H, W)
         return self.transform(image, label) if self.transform else (image, label)
 
 
@@ -178,10 +180,8 @@ class Toy(Dataset):
     def read_label(self, i):
         return draw_scene(self.stems[i])[1]
 
-    def __getitem__(self, i):                                                       # both from one drawing
-        image, label = map(torch.from_numpy, draw_scene(self.stems[i]))
-        image = image.permute(2, 0, 1)
-        return self.transform(image, label) if self.transform else (image, label)
+    def __getitem__(self, i):
+        return self.finish(i, *draw_scene(self.stems[i]))         # both from one drawing
 
 
 TOY_SIZE = (128, 256)                                             # H, W
@@ -549,8 +549,16 @@ def check(dataset):
     """Read every frame -> (pixel counts (256,), {"WxH": frames}, [what is wrong])."""
     counts, sizes, problems = np.zeros(256, np.int64), {}, []
     for i in range(len(dataset)):
+        parts = []
         try:
-            _, label = dataset[i]
+            for read in (dataset.read_image, dataset.read_label):
+                try:
+                    parts.append(read(i))
+                except DatasetError as error:                     # the label is read even when the image is broken
+                    problems.append(str(error))
+            if len(parts) < 2:
+                continue
+            _, label = dataset.finish(i, *parts)
         except DatasetError as error:
             problems.append(str(error))
             continue
@@ -591,8 +599,8 @@ def main():
             try:
                 datasets.append((split, open_dataset(args.spec, split, args.fold, args.folds, fold_by=args.fold_by)))
             except DatasetError as error:
-                if split == "train" or args.split or "no such folder" not in str(error) and "no test" not in str(error) \
-                        and "no such list" not in str(error):
+                absent = any(words in str(error) for words in ("no such folder", "no such list", f"no {split} frames"))
+                if split == "train" or args.split or not absent:  # val and test need not be there
                     problems.append(str(error))
         for split, dataset in datasets:
             counts, sizes, wrong = check(dataset)

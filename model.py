@@ -229,12 +229,11 @@ class Stage(nn.Module):
 
 def fuse_stages(stages, weights, bias):
     """sum_i up(weights_i stage_i) + bias at the first stage's size. (B, C_i, H_i, W_i), (D, C_i), (D,) -> (B, D, H_1, W_1)."""
-    fused = as_image(F.linear(as_tokens(stages[0]), weights[0], bias))
+    fused = F.linear(as_tokens(stages[0]), weights[0], bias)      # (B, H_1, W_1, D)
     for stage, weight in zip(stages[1:], weights[1:]):
         narrow = as_image(F.linear(as_tokens(stage), weight))     # (B, D, H_i, W_i)
-        wide = F.interpolate(narrow, size=fused.shape[2:], mode="bilinear", align_corners=False)      # (B, D, H_1, W_1)
-        fused = fused + wide if torch.is_grad_enabled() else fused.add_(wide)       # in place would copy in the backward
-    return fused
+        fused += as_tokens(F.interpolate(narrow, size=stages[0].shape[2:], mode="bilinear", align_corners=False))
+    return as_image(fused)                                        # added in place before this view, not after: no copies
 
 
 def classify(stages, weights, bias, classifier):
@@ -284,7 +283,7 @@ class Decoder(nn.Module):
         if not self.training and not torch.is_grad_enabled():
             return classify(stages, *self.folded(), self.classifier)
         x = fuse_stages(stages, *self.products())                 # (B, D, H/4, W/4)
-        x = self.dropout(F.relu(self.norm(x)))                    # (B, D, H/4, W/4)
+        x = self.dropout(F.relu(self.norm(x), inplace=True))      # (B, D, H/4, W/4)
         logits = F.linear(as_tokens(x), self.classifier.weight.flatten(1), self.classifier.bias)    # a conv's gradient would
         return as_image(logits).contiguous()                      # (B, num_classes, H/4, W/4)      come back in the other layout
 
@@ -325,7 +324,7 @@ class SegFormer(nn.Module):
         self.folded = False
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
-        drops = torch.linspace(0, DROP_PATH, sum(depths)).tolist()                  # linear over depth
+        drops = [DROP_PATH * i / (sum(depths) - 1) for i in range(sum(depths))]     # linear over depth
         drops = [drops[sum(depths[:i]):sum(depths[:i + 1])] for i in range(len(depths))]
         in_dims = (3, *dims[:-1])
         self.stages = nn.ModuleList(Stage(i, in_dims[i], dims[i], drops[i], norm_fn) for i in range(len(dims)))

@@ -277,7 +277,7 @@ def train(args):
     train_set, val_set = (open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by) for split in ("train", "val"))
     total_batch = args.batch_size * args.accum * world_size()
     args.iters = args.iters or math.ceil(args.epochs * len(train_set) / total_batch)
-    args.eval_every = args.eval_every or max(1, args.iters // 40)
+    args.eval_every = args.eval_every or max(min(args.iters, 20), args.iters // 40)
     if saved and saved["training"]["total_batch"] != total_batch:
         raise UsageError(f"{folder} was trained with {saved['training']['total_batch']} images a step, this would be {total_batch}")
 
@@ -517,7 +517,7 @@ def build_parser():
     add("--amp", choices=("auto", "fp16", "bf16", "off"), help="mixed precision; auto: fp16 on CUDA, else off")
     add("--workers", type=number(int, 0), help="processes that read data (default: up to 4)")
     add("--seed", type=number(int, 0), help="of weights, order, augmentation and dropout (default 0)")
-    add("--eval-every", type=positive, help="steps between validations and checkpoints (default: 40 in a run; CamVid 1000, toy 100)")
+    add("--eval-every", type=positive, help="steps between validations and checkpoints (default: a fortieth of the run; CamVid 1000, toy 100)")
     add("--resume", action="store_true", default=None, help="go on with the run in --out, or the newest under runs/")
     add("--device", help="auto (CUDA, then MPS, then CPU), or one of them by name")
     return parser

@@ -1,0 +1,285 @@
+"""The network against Hugging Face transformers with the same weights, its fold, its sizes, and its checkpoints."""
+
+import json
+import pickle
+import re
+import struct
+
+import pytest
+import torch
+from torch import nn
+
+import model as model_file
+from model import (NORMS, SIZES, CheckpointError, Decoder, DyL, DyT, Reduce, dyt, dyt_dyl, dyt_dyl_ln, load_checkpoint,
+                   save_checkpoint, segformer)
+
+transformers = pytest.importorskip("transformers")
+CLASSES = 19
+
+
+def randomise(module, seed=0):
+    """Weights and BatchNorm statistics such that every parameter matters (fresh biases are zero, fresh norms one)."""
+    torch.manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+        elif name.endswith("running_mean") or tensor.ndim == 1:
+            tensor.add_(0.3 * torch.randn_like(tensor))
+    return module.eval()
+
+
+def peer(variant, kind="SegformerForSemanticSegmentation"):
+    size = SIZES[variant]
+    config = transformers.SegformerConfig(num_labels=CLASSES, hidden_sizes=list(size["dims"]), depths=list(size["depths"]),
+                                          decoder_hidden_size=size["width"])
+    return randomise(getattr(transformers, kind)(config))
+
+
+def close(a, b, tolerance=1e-5):
+    """Equal within rounding: the largest difference against the largest value."""
+    return (a - b).abs().max().item() <= tolerance * b.abs().max().item()
+
+
+@pytest.mark.parametrize("variant, count", [("b0", 3_719_027), ("b2", 27_361_235)])
+def test_parameter_counts_are_the_published_ones(variant, count):
+    assert sum(p.numel() for p in segformer(variant, 19).parameters()) == count
+
+
+@pytest.mark.parametrize("variant", SIZES)
+def test_every_size_has_transformers_tensors(variant):
+    """Same shapes as transformers' model of that size, tensor by tensor (on the meta device: nothing is computed)."""
+    with torch.device("meta"):
+        ours = segformer(variant, CLASSES).state_dict()
+        size = SIZES[variant]
+        theirs = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(
+            num_labels=CLASSES, hidden_sizes=list(size["dims"]), depths=list(size["depths"]), decoder_hidden_size=size["width"]))
+    _, renamed = model_file.rename(theirs.state_dict(), "peer")
+    assert {name: t.shape for name, t in renamed.items()} == {name: t.shape for name, t in ours.items() if name not in ("mean", "std")}
+
+
+@pytest.mark.parametrize("variant", ["b0", "b1", "b2"])
+def test_logits_and_features_equal_transformers(variant, tmp_path):
+    theirs = peer(variant)
+    theirs.save_pretrained(tmp_path)
+    ours = load_checkpoint(tmp_path / "model.safetensors")
+    images = torch.rand(2, 3, 75, 130)
+    with torch.no_grad():
+        expected = theirs((images - ours.mean) / ours.std, output_hidden_states=True)
+        found = ours.features(images)
+        folded = ours.fold().features(images)
+    with_gradients = ours.features(images)                        # another path: no slices, no fold
+    for features in (found, folded, with_gradients):
+        assert close(features.logits, expected.logits)
+        assert all(close(a, b) for a, b in zip(features.stages, expected.hidden_states[-4:]))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "state_dict", "encoder", "classifier"])
+def test_reads_what_transformers_writes(form, tmp_path, capsys):
+    kind = {"encoder": "SegformerModel", "classifier": "SegformerForImageClassification"}.get(form, "SegformerForSemanticSegmentation")
+    theirs, path = peer("b0", kind), tmp_path / "model.safetensors"
+    theirs.save_pretrained(tmp_path)
+    if form == "bin":                                             # the hub's older files: the same names in a torch file
+        path = tmp_path / "pytorch_model.bin"
+        torch.save(model_file.read_safetensors(tmp_path / "model.safetensors"), path)
+    elif form == "state_dict":
+        path = tmp_path / "weights.bin"
+        torch.save(theirs.state_dict(), path)
+    bare = form in ("encoder", "classifier")
+    if bare:
+        with pytest.raises(CheckpointError, match="encoder without a decoder"):
+            load_checkpoint(path)
+    ours = load_checkpoint(path, CLASSES if bare else None)
+    loaded = "192/207 tensors loaded, new decoder" if bare else "207/207 tensors loaded"
+    assert re.search(rf"SegFormer-B0, 19 classes, Hugging Face[ 5]*, {loaded}\n", capsys.readouterr().out)
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = theirs((images - ours.mean) / ours.std, output_hidden_states=True).hidden_states[-1]
+        assert close(ours.features(images).stages[-1], expected)
+
+
+def test_safetensors_are_read_as_the_package_reads_them(tmp_path):
+    from safetensors.torch import load_file, save_file
+    tensors = {"a": torch.randn(3, 4), "h": torch.randn(5).half(), "b": torch.randn(2, 2).bfloat16(), "i": torch.tensor(7), "e": torch.zeros(0, 3)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    ours, theirs = model_file.read_safetensors(tmp_path / "x.safetensors"), load_file(tmp_path / "x.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 32), (101, 203), (224, 224)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_any_size_trains_and_folds_to_the_same_outputs(size, norm):
+    network = randomise(segformer("b0", 5, NORMS[norm]))
+    images = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        logits, folded = network(images), network.fold()(images)
+    assert logits.shape == (2, 5, -(-size[0] // 4), -(-size[1] // 4))
+    assert close(folded, logits) and close(network(images).detach(), logits)
+    network.train()(images).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_maps_larger_than_the_cache_are_computed_in_slices(monkeypatch):
+    network, images = randomise(segformer("b0", 5)), torch.rand(1, 3, 96, 160)
+    with torch.no_grad():
+        whole = network(images)
+        monkeypatch.setattr(model_file, "CACHED", 1)              # slices of 64 channels everywhere
+        assert len(model_file.slices(256, torch.zeros(1, 24, 40, 32))) == 4
+        assert close(network(images), whole)
+
+
+def test_decoder_equals_the_published_one():
+    """Project, upsample, concatenate c4..c1, 1x1 convolution, BatchNorm, ReLU, classify; values and gradients."""
+    torch.manual_seed(0)
+    decoder, F = Decoder((8, 16, 24, 32), 12, 3).double().train(), nn.functional
+    decoder.dropout.p = 0.0
+    stages = [torch.randn(2, dim, 16 // 2 ** i, 24 // 2 ** i, dtype=torch.float64) for i, dim in enumerate((8, 16, 24, 32))]
+
+    def published():
+        maps = [F.linear(x.permute(0, 2, 3, 1), linear.weight, linear.bias).permute(0, 3, 1, 2) for x, linear in zip(stages, decoder.linear)]
+        maps = [F.interpolate(x, size=(16, 24), mode="bilinear", align_corners=False) for x in maps]
+        return decoder.classifier(F.relu(decoder.norm(decoder.fuse(torch.cat(maps[::-1], 1)))))
+
+    expected, found = published(), decoder(stages)
+    assert torch.allclose(found, expected, rtol=1e-10)
+    parameters = list(decoder.parameters())
+    for a, b in zip(torch.autograd.grad(found.square().sum(), parameters), torch.autograd.grad(expected.square().sum(), parameters)):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_norm_sites():
+    """The hook is asked at every site: 4 patch embeddings, 16 in blocks, 6 reductions, 4 stage ends in B0."""
+    sites = []
+    segformer("b0", 2, lambda dim, site: sites.append(site) or nn.LayerNorm(dim))
+    assert [sites.count(site) for site in ("patch_embed", "block", "sr", "stage")] == [4, 16, 6, 4]
+    for norm_fn, dyts, dyls in ((dyt, 4, 0), (dyt_dyl, 4, 26), (dyt_dyl_ln, 4, 22)):
+        modules = list(segformer("b0", 2, norm_fn).modules())
+        assert sum(isinstance(m, DyT) for m in modules) == dyts and sum(isinstance(m, DyL) for m in modules) == dyls
+    eps = {type(m).__name__: m.norm.eps for m in segformer("b0", 2).modules() if isinstance(m, Reduce)}
+    assert eps == {"Reduce": 1e-5} and segformer("b0", 2).stages[0].blocks[0].norm1.eps == 1e-6
+
+
+def test_dyt_and_dyl_follow_their_equations():
+    x = torch.randn(2, 3, 4, 5)
+    for layer in (DyT(5), DyL(5)):
+        nn.init.normal_(layer.weight), nn.init.normal_(layer.bias), nn.init.normal_(layer.alpha)
+        inner = layer.alpha * x
+        assert torch.allclose(layer(x), layer.weight * (inner.tanh() if isinstance(layer, DyT) else inner) + layer.bias, atol=1e-6)
+    assert DyT(5).alpha.shape == () and DyL(5).alpha.shape == (5,)
+
+
+def test_fold_removes_every_dyl_but_those_at_stage_ends():
+    folded = segformer("b0", 2, dyt_dyl).fold()
+    assert sum(isinstance(m, DyL) for m in folded.modules()) == 4
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) and not any(p.requires_grad for p in folded.parameters())
+
+
+def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
+    block = segformer("b0", 2).stages[3].blocks[1]
+    assert block.drop == pytest.approx(0.1)
+    x = torch.ones(20_000, 1, 1, 1)
+    assert block.train().drop_path(x).mean().item() == pytest.approx(1, abs=0.02)
+    assert block.drop_path(x).unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert torch.equal(block.eval().drop_path(x), x)
+
+
+@pytest.mark.parametrize("bad", [torch.rand(1, 3, 31, 64), torch.rand(3, 64, 64), torch.rand(1, 1, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)])
+def test_bad_images_are_a_sentence(bad):
+    with pytest.raises(ValueError, match="SegFormer takes float images"):
+        segformer("b0", 2)(bad)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_checkpoint_rebuilds_the_model(norm, tmp_path):
+    network = randomise(segformer("b0", 3, NORMS[norm]))
+    network.classes, network.palette, network.input_size = ["a", "b", "c"], [(1, 2, 3)] * 3, (64, 96)
+    network.mean += 0.1
+    save_checkpoint(network, tmp_path / "x.pth", step=7)
+    again = load_checkpoint(tmp_path / "x.pth")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(network(images), again(images))
+    assert (again.classes, again.palette, again.input_size) == (network.classes, network.palette, network.input_size)
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["step"] == 7 and [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_a_head_for_other_classes_is_new_and_said(tmp_path, capsys):
+    network = randomise(segformer("b0", 3))
+    save_checkpoint(network, tmp_path / "x.pth")
+    again = load_checkpoint(tmp_path / "x.pth", num_classes=7)
+    assert again.num_classes == 7 and torch.equal(again.decoder.fuse.weight, network.decoder.fuse.weight)
+    assert "205/207 tensors loaded, new head (the file's has 3 classes)" in capsys.readouterr().out
+
+
+class Code:
+    """A pickle that runs a command when it is opened."""
+
+    def __reduce__(self):
+        return (open, ("hacked", "w"))
+
+
+def write_bad(path, what):
+    """Write one kind of bad checkpoint to `path`."""
+    good = segformer("b0", 3)
+    save_checkpoint(good, path)
+    content = torch.load(path, weights_only=True)
+    if what == "code":
+        path.write_bytes(pickle.dumps(Code()))
+    elif what == "code inside":
+        torch.save({"state_dict": Code()}, path)
+    elif what == "truncated":
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif what == "text":
+        path.write_text("not a checkpoint")
+    elif what == "list":
+        torch.save([1, 2], path)
+    elif what == "empty":
+        path.write_bytes(b"")
+    elif what == "missing":
+        del content["model"]["stages.1.norm.bias"]
+        torch.save(content, path)
+    elif what == "unknown":
+        content["model"]["extra.weight"] = torch.zeros(1)
+        torch.save(content, path)
+    elif what == "shape":
+        content["model"]["decoder.fuse.weight"] = torch.zeros(256, 512, 1, 1)
+        torch.save(content, path)
+    elif what == "other network":
+        torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, path)
+
+
+BAD = {"code": "not run", "code inside": "not run", "truncated": "not a checkpoint", "text": "not a checkpoint", "list": "list",
+       "empty": "not a checkpoint", "missing": "lacks 1 tensors, first stages.1.norm.bias", "unknown": "unknown 1 tensors, first extra.weight",
+       "shape": "wrong shapes for 1 tensors, first decoder.fuse.weight", "other network": "no SegFormer in a known format"}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_checkpoints_are_a_sentence_and_run_nothing(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_bad(tmp_path / "bad.pth", what)
+    with pytest.raises(CheckpointError, match=BAD[what]) as caught:
+        load_checkpoint(tmp_path / "bad.pth")
+    assert "bad.pth" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("header", [{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 16]}}, {"a": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}},
+                                    {"a": {"dtype": "X", "shape": [4], "data_offsets": [0, 16]}}, {"a": {}}, [1]])
+def test_lying_safetensors_are_a_sentence(header, tmp_path):
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    (tmp_path / "long.safetensors").write_bytes(struct.pack("<Q", 10 ** 15) + text)
+    for name in ("x", "long"):
+        with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
+            load_checkpoint(tmp_path / f"{name}.safetensors")
+
+
+def test_what_cannot_be_rebuilt_is_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="folded"):
+        save_checkpoint(segformer("b0", 2).fold(), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="NORMS"):
+        save_checkpoint(segformer("b0", 2, lambda dim, site: nn.Identity()), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="b7"):
+        segformer("b7", 2)
+    assert not list(tmp_path.iterdir())

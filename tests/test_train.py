@@ -1,0 +1,243 @@
+"""The loop by training: it learns, distils, resumes exactly, splits over processes, and fails with a sentence."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from conftest import CAMVID, ROOT, command, write_folder
+from losses import IGNORE, Projections, weighted_cross_entropy
+from model import SIZES, load_checkpoint, save_checkpoint, segformer
+
+SMALL = ("--crop", 32, 32, "--batch-size", 2, "--workers", 0, "--amp", "off", "--device", "cpu")
+
+
+def log(folder, name="log.csv"):
+    with open(folder / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_weights(a, b):
+    first, second = (torch.load(folder / "last.pth", weights_only=True) for folder in (a, b))
+    return all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A random B1 for the three classes of the test folder: a teacher with other widths than B0."""
+    torch.manual_seed(1)
+    network = segformer("b1", 3)
+    save_checkpoint(network, tmp_path / "b1.pth")
+    return tmp_path / "b1.pth"
+
+
+# ---------------------------------------------------------------- parts
+
+def test_learning_rate_at_its_corners():
+    rates = [train.learning_rate(step, 1000, 6e-4, 0.05) for step in range(1000)]
+    assert rates[0] < 2e-5 and rates[50] == pytest.approx(6e-4) and max(rates) == rates[50]
+    assert rates[525] == pytest.approx(3e-4) and 0 < rates[-1] < 1e-6
+    assert train.learning_rate(0, 10, 1.0, 0.0) == 1.0 and train.learning_rate(0, 1, 1.0, 1.0) > 0
+
+
+def arguments(*given):
+    return train.settle(train.build_parser().parse_args(list(map(str, given))))
+
+
+def test_defaults_are_the_papers_and_suit_the_data():
+    paper = arguments("--data", "cityscapes:x", "--teacher", "t.pth")
+    assert (paper.lr, paper.epochs, paper.batch_size, paper.crop, paper.warmup, paper.augment) == (6e-4, 200, 2, [512, 1024], 0.05, "plain")
+    assert (paper.lambda_fd, paper.lambda_pe, paper.lambda_kl, paper.lambda_m, paper.lambda_s) == (1, 1, 0, 1, 0.5) and paper.iters is None
+    camvid = arguments("--data", "camvid:x")
+    assert (camvid.iters, camvid.batch_size, camvid.crop, camvid.lambda_fd) == (40_000, 4, [288, 288], 0)
+    assert arguments("--data", "camvid:x", "--epochs", 3).iters is None and arguments("--iters", 7).iters == 7
+    assert train.loss_weights(arguments("--loss", "dice-focal", "--lambda-dice", 0.3)) == {"dice": 0.3, "focal": 0.7}
+    assert train.loss_weights(paper) == {"wce": 1, "fd": 1, "pe": 1}
+
+
+def test_a_batch_cut_in_parts_has_the_loss_and_gradient_of_the_whole():
+    """Half of one part is void: the mean of the parts' means would be another loss."""
+    torch.manual_seed(0)
+    args = arguments("--loss", "wce", "--grad-clip", 0)
+    student = segformer("b0", 4).eval()                           # eval: no dropout, and BatchNorm does not see the parts
+    weight = torch.tensor([0.5, 1, 2, 4])
+    objective = train.Objective(student, None, args, weight)
+    images, labels = torch.rand(4, 3, 32, 32), torch.randint(0, 4, (4, 32, 32))
+    labels[0] = IGNORE
+    expected = weighted_cross_entropy(student(images), labels, weight)
+    gradient = torch.autograd.grad(expected, student.parameters())
+    for args.accum in (1, 2, 4):
+        optimizer = torch.optim.SGD(objective.parameters(), lr=0.0)
+        optimizer.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        values = train.train_step(objective, None, optimizer, scaler, images, labels, args, lambda: torch.autocast("cpu", enabled=False))
+        assert values.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert all(torch.allclose(p.grad, g, rtol=1e-3, atol=1e-6) for p, g in zip(student.parameters(), gradient))
+
+
+def test_the_optimizer_must_own_the_projections():
+    args = arguments("--teacher", "x", "--weight-decay", 0.1)
+    objective = train.Objective(segformer("b0", 2), Projections(SIZES["b0"]["dims"], SIZES["b1"]["dims"]), args, torch.ones(2))
+    optimizer = train.make_optimizer(objective, args, torch.device("cpu"))
+    train.check_owned(objective, optimizer)
+    assert all((p.ndim > 1) == (group["weight_decay"] == 0.1) for group in optimizer.param_groups for p in group["params"])
+    with pytest.raises(RuntimeError, match="does not own 16 trainable parameters, first projections.stages.0.weight"):
+        train.check_owned(objective, torch.optim.AdamW(objective.student.parameters()))
+    with pytest.raises(RuntimeError, match="get no gradient"):
+        train.check_gradients(objective)
+
+
+# ---------------------------------------------------------------- whole runs
+
+def test_a_run_learns_and_writes_what_it_promises(tmp_path, folder):
+    out = tmp_path / "run"
+    output = command("train.py", "--data", folder, "--iters", 60, "--eval-every", 30, "--out", out, *SMALL, "--scale-range", 0.8, 1.2)
+    assert {p.name for p in out.iterdir()} == {"best.pth", "last.pth", "log.csv", "scores.csv", "recipe.json", "pictures.png"}
+    rows = log(out)
+    assert len(rows) == 60 and list(rows[0]) == ["step", "lr", "loss", "wce"]
+    losses = [float(row["loss"]) for row in rows]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+    scored = log(out, "scores.csv")
+    assert [row["step"] for row in scored] == ["30", "60"] and float(scored[-1]["miou"]) > 0.6
+    best = load_checkpoint(out / "best.pth")
+    assert best.classes == ["class 0", "class 1", "class 2"]
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe["iters"] == 60 and recipe["total_batch"] == 2 and recipe["torch"] == torch.__version__
+    assert "60 steps of 2 images" in output and "mIoU" in output and "images/s" in output
+    assert Image.open(out / "pictures.png").width > 900
+    assert f"{100 * float(max(row['miou'] for row in scored)):.2f}" in output.split("IoU, %")[-1]
+
+
+def test_distillation_logs_every_term_and_shows_teacher_and_student(tmp_path, folder, teacher):
+    out = tmp_path / "kd"
+    output = command("train.py", "--student", "b0", "--teacher", teacher, "--lambda-fd", 1, "--lambda-pe", 1, "--lambda-kl", 0.5, "--temperature", 4,
+                     "--data", folder, "--iters", 25, "--out", out, *SMALL)
+    assert "teacher " + str(teacher) + ": mIoU" in output and "teacher b1" in output and "student b0" in output and "diff" in output
+    rows = log(out)
+    assert list(rows[0]) == ["step", "lr", "loss", "wce", "kl", "fd", "pe"]
+    for row in rows:
+        total = float(row["wce"]) + 0.5 * float(row["kl"]) + float(row["fd"]) + float(row["pe"])
+        assert float(row["loss"]) == pytest.approx(total, rel=1e-5)
+    first, last = rows[0], rows[-1]
+    assert all(float(last[term]) < float(first[term]) for term in ("fd", "pe"))
+    state = torch.load(out / "last.pth", weights_only=True)["training"]
+    student = sum(1 for _ in segformer("b0", 3).parameters())
+    assert len(state["projections"]) == 16 and len(state["optimizer"]["state"]) == student + 16        # trained, all of them
+
+
+@pytest.mark.parametrize("flags, terms", [(("--lambda-fd", 0), ["wce", "pe"]), (("--lambda-pe", 0, "--loss", "dice-focal"), ["dice", "focal", "fd"]),
+                                          (("--lambda-fd", 0, "--lambda-pe", 0, "--lambda-kl", 1), ["wce", "kl"])])
+def test_terms_of_weight_zero_are_left_out(flags, terms, tmp_path, folder, teacher):
+    command("train.py", "--teacher", teacher, *flags, "--data", folder, "--iters", 2, "--out", tmp_path / "kd", *SMALL)
+    assert list(log(tmp_path / "kd")[0])[3:] == terms
+
+
+def test_a_killed_run_resumes_exactly(tmp_path, folder, teacher):
+    """SIGKILL in the middle, then --resume: the same weights, log and scores as the run that was never stopped."""
+    flags = ("--data", folder, "--teacher", teacher, "--eval-every", 8, *SMALL, "--accum", 2)
+    command("train.py", *flags, "--iters", 24, "--out", tmp_path / "whole")
+    killed = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags), "--iters", "24", "--out", str(tmp_path / "cut")],
+                              stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    until = time.time() + 120
+    while not (tmp_path / "cut" / "last.pth").exists() and time.time() < until:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert len(log(tmp_path / "cut", "scores.csv")) < 3
+    output = command("train.py", "--resume", "--out", tmp_path / "cut", "--workers", 1)
+    assert "resuming after step" in output
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    for name in ("log.csv", "scores.csv"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "cut" / name).read_text()
+
+
+def test_resume_finds_the_newest_run_refuses_another_experiment_and_may_grow(tmp_path, folder):
+    command("train.py", "--data", folder, "--iters", 4, "--out", "runs/one", *SMALL, cwd=tmp_path)
+    assert "--lr 0.1 differs from the resumed run's 0.0006" in command("train.py", "--resume", "--lr", 0.1, cwd=tmp_path, code=2)
+    command("train.py", "--resume", "--iters", 6, cwd=tmp_path)
+    assert [row["step"] for row in log(tmp_path / "runs" / "one")] == ["1", "2", "3", "4", "5", "6"]
+    assert "already holds a run" in command("train.py", "--data", folder, "--out", "runs/one", *SMALL, cwd=tmp_path, code=2)
+    assert "nothing to resume" in command("train.py", "--resume", "--out", "runs/two", cwd=tmp_path, code=2)
+
+
+def test_two_processes_have_the_curve_of_one(tmp_path, folder):
+    """The same samples, the same total batch; only dropout's draws and BatchNorm's batch differ."""
+    flags = ["--data", folder, "--iters", "12", "--lr", "1e-4", "--crop", "32", "32", "--workers", "0", "--device", "cpu"]
+    command("train.py", *flags, "--batch-size", 4, "--out", tmp_path / "one")
+    command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / "train.py", *flags, "--batch-size", 2, "--out", tmp_path / "two")
+    one, two = ([float(row["wce"]) for row in log(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == len(two) == 12 and one == pytest.approx(two, rel=0.1)
+    assert json.loads((tmp_path / "two" / "recipe.json").read_text())["total_batch"] == 4
+    assert len(log(tmp_path / "two", "scores.csv")) == len(log(tmp_path / "one", "scores.csv"))
+
+
+def test_bf16_and_fp16_train(tmp_path, folder):
+    for amp in ("bf16", "fp16"):
+        flags = [flag if flag != "off" else amp for flag in SMALL]
+        command("train.py", "--data", folder, "--iters", 12, "--out", tmp_path / amp, *flags)
+        losses = [float(row["loss"]) for row in log(tmp_path / amp)]
+        assert all(np.isfinite(losses)) and losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_trains_with_fp16_by_default(tmp_path, folder, teacher):
+    command("train.py", "--data", folder, "--teacher", teacher, "--iters", 30, "--out", tmp_path / "gpu", "--crop", 64, 64, "--workers", 0)
+    assert json.loads((tmp_path / "gpu" / "recipe.json").read_text())["amp"] == "fp16"
+    assert float(log(tmp_path / "gpu")[-1]["loss"]) < float(log(tmp_path / "gpu")[0]["loss"])
+
+
+def test_same_seed_same_run_other_seed_another(tmp_path, folder):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        command("train.py", "--data", folder, "--iters", 3, "--seed", seed, "--out", tmp_path / name, *SMALL)
+    assert same_weights(tmp_path / "a", tmp_path / "b") and not same_weights(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason="CamVid is not in ../shared/camvid")
+def test_real_camvid_trains(tmp_path):
+    command("train.py", "--data", f"camvid:{CAMVID}", "--iters", 2, "--crop", 64, 64, "--batch-size", 1, "--fold", 1, "--eval-every", 5,
+            "--workers", 2, "--out", tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "best.pth").input_size == (288, 384)
+
+
+# ---------------------------------------------------------------- failing
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(tmp_path, folder):
+    out = tmp_path / "run"
+    output = command("train.py", "--data", folder, "--iters", 20, "--eval-every", 2, "--lr", 1e25, "--grad-clip", 0, "--warmup", 0, "--out", out, *SMALL, code=1)
+    assert "wce is nan" in output and "step " in output
+    if (out / "last.pth").exists():
+        load_checkpoint(out / "last.pth")
+
+
+def test_broken_data_in_a_worker_is_a_sentence_and_leaves_the_checkpoint(tmp_path):
+    spec, out = write_folder(tmp_path / "set", frames=4), tmp_path / "run"
+    command("train.py", "--data", spec, "--iters", 2, "--out", out, *SMALL)
+    before = (out / "last.pth").read_bytes()
+    (tmp_path / "set" / "images" / "frame_1.png").write_bytes(b"no image")
+    output = command("train.py", "--resume", "--out", out, "--iters", 30, "--workers", 1, code=2)
+    assert "error: " + str(tmp_path / "set" / "images" / "frame_1.png") + ": not an image that can be read" in output
+    assert (out / "last.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("args, sentence", [
+    (["--crop", "16", "64"], "16 is not at least 32"), (["--student", "b9"], "invalid choice"), (["--lambda-fd", "1"], "--lambda-fd needs a --teacher"),
+    (["--lr", "-1"], "-1 is not above 0"), (["--lr", "nan"], "nan is not"), (["--warmup", "2"], "at most 1"), (["--frobnicate"], "unrecognized"),
+    (["--scale-range", "2", "1"], "LO is larger"), (["--iters", "5", "--epochs", "2"], "give one"), (["--data", "camvid:/nowhere"], "no such folder"),
+    (["--teacher", "/no/b2.pth"], "cannot open checkpoint /no/b2.pth"), (["--teacher", "{teacher}"], "b1.pth has 3 classes, the data (toy) has 8"),
+    (["--teacher", "{text}", "--data", "{folder}"], "classes.txt is not a checkpoint"), (["--device", "cuda:77"], "not to be had here"),
+    (["--data", "{folder}", "--fold", "9"], "fold 9 of 2 does not exist"), (["--batch-size", "0"], "0 is not at least 1"), (["--amp", "maybe"], "invalid choice"),
+    (["--data", "{folder}", "--out", "{text}"], "cannot make the folder")])
+def test_mistakes_are_a_sentence_and_exit_code_2(args, sentence, tmp_path, folder, teacher):
+    args = [arg.format(teacher=teacher, folder=folder, text=folder.split(":")[1] + "/classes.txt") for arg in args]
+    output = command("train.py", *args, cwd=tmp_path, code=2)
+    assert sentence in output
+    assert not (tmp_path / "runs").exists()
