@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eval import MISTAKES, UsageError, keep_freed_memory, pick_device
 from losses import IGNORE, Projections, class_weights, cskd, pekd, weighted_cross_entropy
-from model import NORMS, SIZES, SMALLEST, as_tokens, rename, segformer
+from model import NORMS, SIZES, SMALLEST, rename, segformer
 
 CLASSES = 19
 TABLE_2 = (("SegFormer-B2", "b2", "ln"), ("SegFormer-B0", "b0", "ln"), ("+ Tanh", "b0", "dyt"), ("+ Tanh + Linear", "b0", "dyt-dyl"))

@@ -50,7 +50,7 @@ def scores(confusion):
 
     A class with neither truth nor prediction is nan and left out of miou; one without truth has no accuracy (nan).
     """
-    confusion = torch.as_tensor(confusion).double().cpu()
+    confusion = torch.as_tensor(confusion).cpu().double()
     hit, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)    # (C,) each
     iou, acc = hit / (truth + predicted - hit), hit / truth                         # 0 / 0 = nan
     return {"miou": iou.nanmean().item(), "macc": acc.nanmean().item(), "aacc": (hit.sum() / truth.sum()).item(),
@@ -116,20 +116,14 @@ def table(names, results, classes):
     return "\n".join(lines)
 
 
-def comparison(models, dataset, indices, size_of=lambda model: model.input_size):
-    """Rows of pictures for `grid`: frame, truth, and each model's prediction, laid over the frame."""
+def draw_comparison(path, models, names, dataset, indices):
+    """Save frames, truth and predictions of `models` side by side, with the classes' colours below."""
     rows = []
     for i in indices:
         image, label = dataset[i]
         picture = image.permute(1, 2, 0).numpy()
-        maps = [label] + [class_map(predict(model, image, size_of(model)), label.shape).cpu() for model in models]
+        maps = [label] + [class_map(predict(model, image, model.input_size), label.shape).cpu() for model in models]
         rows.append([picture] + [overlay(picture, ids, dataset.palette) for ids in maps])
-    return rows
-
-
-def draw_comparison(path, models, names, dataset, indices):
-    """Save frames, truth and predictions of `models` side by side, with the classes' colours below."""
-    rows = comparison(models, dataset, indices)
     sheet = grid(rows, ("frame", "truth", *names))
     below = Image.fromarray(legend(dataset.classes, dataset.palette, sheet.width))
     whole = Image.new("RGB", (sheet.width, sheet.height + below.height + 4), "white")

@@ -303,6 +303,29 @@ class FoldedDecoder(nn.Module):
 
 # ---------------------------------------------------------------- the network
 
+def init_encoder(module):
+    """Initialisation as published: truncated normal for Linear, fan-out normal for convolutions, no biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+        nn.init.zeros_(module.bias)
+
+
+def fold_dyl(norm, followers):
+    """Move a DyL y = s x + t into the maps that read it, W y + b = (W s) x + (W t + b). -> what is left of the norm."""
+    if not isinstance(norm, DyL):
+        return norm
+    scale = norm.weight * norm.alpha                              # (C,)
+    for layer in followers:                                       # Linear (out, C) or unpadded Conv2d (out, C, r, r)
+        per_channel = layer.weight.flatten(2).sum(2) if layer.weight.ndim == 4 else layer.weight
+        layer.bias += per_channel @ norm.bias
+        layer.weight *= scale.view(1, -1, *[1] * (layer.weight.ndim - 2))
+    return nn.Identity()
+
+
 class Features(NamedTuple):
     logits: torch.Tensor                                          # (B, num_classes, ceil(H/4), ceil(W/4))
     stages: list                                                  # four of (B, C_i, H_i, W_i), after the stage's norm
@@ -383,29 +406,6 @@ def segformer(variant, num_classes, norm_fn=layer_norm):
     if num_classes < 1:
         raise ValueError(f"a segmenter needs at least one class, not {num_classes}")
     return SegFormer(variant, num_classes, norm_fn)
-
-
-def init_encoder(module):
-    """Initialisation as published: truncated normal for Linear, fan-out normal for convolutions, no biases."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-        nn.init.zeros_(module.bias)
-
-
-def fold_dyl(norm, followers):
-    """Move a DyL y = s x + t into the maps that read it, W y + b = (W s) x + (W t + b). -> what is left of the norm."""
-    if not isinstance(norm, DyL):
-        return norm
-    scale = norm.weight * norm.alpha                              # (C,)
-    for layer in followers:                                       # Linear (out, C) or unpadded Conv2d (out, C, r, r)
-        per_channel = layer.weight.flatten(2).sum(2) if layer.weight.ndim == 4 else layer.weight
-        layer.bias += per_channel @ norm.bias
-        layer.weight *= scale.view(1, -1, *[1] * (layer.weight.ndim - 2))
-    return nn.Identity()
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -244,21 +244,23 @@ def find_run(args):
 
 
 class Log:
-    """A CSV file that grows a row at a time; on resume the rows after `step` are dropped and will be written again."""
+    """A CSV file that the first process writes; on resume the rows after `step` are dropped and will be written again."""
 
-    def __init__(self, path, columns, step):
+    def __init__(self, folder, name, columns, step):
+        self.file = None
+        if rank():
+            return
         rows = []
-        if step and path.exists():
-            with open(path, newline="") as file:
+        if step and (folder / name).exists():
+            with open(folder / name, newline="") as file:
                 rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
-        self.file = open(path, "w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerows([columns, *rows])
-        self.file.flush()
+        self.file = open(folder / name, "w", newline="")
+        self.add([columns, *rows])
 
     def add(self, rows):
-        self.writer.writerows(rows)
-        self.file.flush()
+        if self.file:
+            csv.writer(self.file).writerows(rows)
+            self.file.flush()
 
 
 def git_commit():
@@ -281,23 +283,7 @@ def train(args):
     if saved and saved["training"]["total_batch"] != total_batch:
         raise UsageError(f"{folder} was trained with {saved['training']['total_batch']} images a step, this would be {total_batch}")
 
-    # The networks. The same seed gives the same student, with a teacher or without.
-    torch.manual_seed(args.seed)
-    student = segformer(args.student, len(train_set.classes), NORMS[args.norm])
-    student.classes, student.palette = train_set.classes, train_set.palette
-    student.input_size = args.crop if args.augment == "plain" else train_set.size
-    teacher = projections = None
-    if args.teacher:
-        teacher = load_checkpoint(args.teacher)
-        check_classes(teacher, args.teacher, train_set)
-        projections = Projections(SIZES[args.student]["dims"], SIZES[teacher.variant]["dims"])
-        teacher.input_size = student.input_size                   # it teaches at this size, so it is judged at this size
-        teacher = teacher.fold().to(device)                       # frozen: eval mode, no gradient, BatchNorm fixed
-
-    class_weight = choose_class_weights(args, train_set)
-    objective = Objective(student, projections, args, class_weight).to(device)
-    if dist.is_initialized() and device.type == "cuda":
-        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    student, teacher, objective = make_networks(args, train_set, device)
     optimizer = make_optimizer(objective, args, device)
     check_owned(objective, optimizer)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.amp)
@@ -306,31 +292,20 @@ def train(args):
     def cast():
         return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
 
-    # Where it starts: at the beginning, or where last.pth says.
-    start, best, best_scores, teacher_scores = 0, -1.0, None, None
-    if saved:
-        state = saved["training"]
-        start, best, best_scores, teacher_scores = state["step"], state["best"], state["best_scores"], state["teacher_scores"]
-        student.load_state_dict(saved["model"])
-        if projections is not None:
-            projections.load_state_dict(state["projections"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        del saved, state
+    record = restore(saved, student, objective, optimizer, scaler)
+    start, saved = record["step"], None                           # the file's tensors need not stay in memory
     folder = folder or choose_folder(args) if rank() == 0 else folder
-    announce(args, folder, device, student, train_set, val_set, objective.weights, class_weight, total_batch, start)
-    if teacher is not None and teacher_scores is None:
-        teacher_scores = evaluate_together(teacher, val_set, show_progress("teacher"))
+    announce(args, folder, device, student, train_set, val_set, objective, total_batch, start)
     if teacher is not None:
-        print(f"teacher {args.teacher}: mIoU {100 * teacher_scores['miou']:.2f} % on {val_set.name} val, full resolution")
-    if rank() == 0:
-        log = Log(folder / "log.csv", ["step", "lr", "loss", *objective.weights], start)
-        score_log = Log(folder / "scores.csv", ["step", "miou", "macc", "aacc", *train_set.classes], start)
+        record["teacher_scores"] = record["teacher_scores"] or evaluate_together(teacher, val_set, show_progress("teacher"))
+        print(f"teacher {args.teacher}: mIoU {100 * record['teacher_scores']['miou']:.2f} % on {val_set.name} val, full resolution", flush=True)
+    log = Log(folder, "log.csv", ["step", "lr", "loss", *objective.weights], start)
+    score_log = Log(folder, "scores.csv", ["step", "miou", "macc", "aacc", *train_set.classes], start)
 
     stream = Stream(train_set, Augment(args.crop, train_set.size, args.scale_range, args.augment), args.seed)
     batches = iter(make_loader(stream, start, args, total_batch, device))
     parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
-    weights, pending, clock = list(objective.weights.values()), [], time.time()
+    pending, clock = [], time.time()
     for step in range(start, args.iters):
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank())         # drop-path and dropout of this step
         lr = learning_rate(step, args.iters, args.lr, args.warmup)
@@ -346,33 +321,62 @@ def train(args):
         pending.append((done, lr, values))
 
         evaluates = done % args.eval_every == 0 or done == args.iters
-        if len(pending) == REPORT_EVERY or evaluates:
+        if len(pending) == REPORT_EVERY or evaluates:             # one wait for the device, not one a step
             rows = read_losses(pending, objective.weights, folder)
-            if rank() == 0:
-                log.add(rows)
+            log.add(rows)
             speed = len(pending) * total_batch / (time.time() - clock)
             print_progress(done, args.iters, rows[-1], objective.weights, speed, total_batch)
             pending.clear()
-            clock = time.time()
         if evaluates:
             result = evaluate_together(student, val_set, show_progress("val"))
-            better = result["miou"] > best
-            best, best_scores = (result["miou"], result | {"step": done}) if better else (best, best_scores)
-            print(f"step {done}: mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, aAcc {100 * result['aacc']:.2f} % "
-                  f"on {val_set.name} val, full resolution{' (best so far)' if better else ''}")
+            better = result["miou"] > record["best_scores"]["miou"] if record["best_scores"] else True
+            record |= dict(step=done, best_scores=result | {"step": done}) if better else dict(step=done)
+            print_scores(done, result, val_set, better)
+            score_log.add([[done, *(f"{value:.6f}" for value in (result["miou"], result["macc"], result["aacc"], *result["iou"]))]])
             if rank() == 0:
-                score_log.add([[done, *(f"{value:.6f}" for value in (result["miou"], result["macc"], result["aacc"], *result["iou"]))]])
                 if better:
                     save_checkpoint(student, folder / "best.pth", scores=result, step=done)
                 save_checkpoint(student, folder / "last.pth", scores=result, step=done, training=dict(
-                    step=done, best=best, best_scores=best_scores, teacher_scores=teacher_scores, args=vars(args), total_batch=total_batch,
-                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                    projections=projections.state_dict() if projections is not None else None))
+                    record, args=vars(args), total_batch=total_batch, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                    projections=objective.projections.state_dict() if teacher is not None else None))
+        if not pending:
             clock = time.time()
     if rank() == 0:
-        finish(args, folder, teacher, teacher_scores, best_scores, val_set)
+        finish(args, folder, teacher, record, val_set)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def make_networks(args, train_set, device):
+    """-> (student, teacher or None, objective) on `device`. The same seed gives the same student, with a teacher or without."""
+    torch.manual_seed(args.seed)
+    student = segformer(args.student, len(train_set.classes), NORMS[args.norm])
+    student.classes, student.palette = train_set.classes, train_set.palette
+    student.input_size = args.crop if args.augment == "plain" else train_set.size
+    teacher = projections = None
+    if args.teacher:
+        teacher = load_checkpoint(args.teacher)
+        check_classes(teacher, args.teacher, train_set)
+        projections = Projections(SIZES[args.student]["dims"], SIZES[teacher.variant]["dims"])
+        teacher.input_size = student.input_size                   # it teaches at this size, so it is judged at this size
+        teacher = teacher.fold().to(device)                       # frozen: eval mode, no gradient, BatchNorm fixed
+    objective = Objective(student, projections, args, choose_class_weights(args, train_set)).to(device)
+    if dist.is_initialized() and device.type == "cuda":
+        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    return student, teacher, objective
+
+
+def restore(saved, student, objective, optimizer, scaler):
+    """Put the state of a last.pth (or None: a new run) in place. -> {"step", "best_scores", "teacher_scores"}"""
+    if not saved:
+        return dict(step=0, best_scores=None, teacher_scores=None)
+    state = saved["training"]
+    student.load_state_dict(saved["model"])
+    if objective.projections is not None:
+        objective.projections.load_state_dict(state["projections"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return {name: state[name] for name in ("step", "best_scores", "teacher_scores")}
 
 
 def choose_class_weights(args, train_set):
@@ -411,10 +415,16 @@ def print_progress(done, iters, row, weights, speed, total_batch):
           f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
 
 
-def announce(args, folder, device, student, train_set, val_set, weights, class_weight, total_batch, start):
+def print_scores(done, result, val_set, better):
+    print(f"step {done}: mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, aAcc {100 * result['aacc']:.2f} % "
+          f"on {val_set.name} val, full resolution{' (best so far)' if better else ''}", flush=True)
+
+
+def announce(args, folder, device, student, train_set, val_set, objective, total_batch, start):
     """Print the effective recipe and write it to recipe.json."""
     if rank():
         return
+    weights, class_weight = objective.weights, objective.class_weight
     recipe = dict(vars(args), out=str(folder), total_batch=total_batch, processes=world_size(), loss_weights=weights,
                   class_weights=[round(w, 4) for w in class_weight.tolist()], classes=train_set.classes,
                   train_frames=len(train_set), val_frames=len(val_set), input_size=student.input_size,
@@ -432,16 +442,17 @@ def announce(args, folder, device, student, train_set, val_set, weights, class_w
           + (f"; resuming after step {start}" if start else ""), flush=True)
 
 
-def finish(args, folder, teacher, teacher_scores, best_scores, val_set):
+def finish(args, folder, teacher, record, val_set):
     """The table of per-class IoU and the picture, for the teacher and the student's best checkpoint."""
-    best = load_checkpoint(folder / "best.pth").fold()
-    models, names = [best], [f"{args.student} best"]
-    results = [best_scores]
+    models, names, results = [], [], []
     if teacher is not None:
-        models, names, results = [teacher.cpu(), best], [f"teacher {teacher.variant}", f"student {args.student}"], [teacher_scores, best_scores]
+        models, names, results = [teacher.cpu()], [f"teacher {teacher.variant}"], [record["teacher_scores"]]
+    models.append(load_checkpoint(folder / "best.pth").fold())
+    names.append(f"student {args.student}")
+    results.append(record["best_scores"])
     some = np.linspace(0, len(val_set) - 1, min(4, len(val_set))).astype(int).tolist()
     draw_comparison(folder / "pictures.png", models, names, val_set, some)
-    print(f"\n{val_set.name} val, {len(val_set)} frames, full resolution; best checkpoint: step {best_scores['step']}")
+    print(f"\n{val_set.name} val, {len(val_set)} frames, full resolution; student's best checkpoint: step {record['best_scores']['step']}")
     print(table(names, results, val_set.classes))
     print(f"\npictures: {folder / 'pictures.png'}; checkpoints: {folder / 'best.pth'}, {folder / 'last.pth'}")
 
@@ -466,7 +477,8 @@ def settle(args, saved=None):
     distils = 1.0 if args.teacher else 0.0
     full = {name: None for name in vars(args)} | PAPER | dict(lambda_kl=0.0, lambda_fd=distils, lambda_pe=distils)
     full |= dict(workers=min(4, os.cpu_count() or 1)) | suits | given
-    full["amp"] = ("fp16" if torch.cuda.is_available() and full["device"] in ("auto", "cuda") else "off") if full["amp"] == "auto" else full["amp"]
+    on_cuda = torch.cuda.is_available() and (full["device"] == "auto" or full["device"].startswith("cuda"))
+    full["amp"] = full["amp"] if full["amp"] != "auto" else "fp16" if on_cuda else "off"
     return argparse.Namespace(**full)
 
 
@@ -516,7 +528,7 @@ def build_parser():
     add("--fold-by", choices=("drive", "block", "shuffle"), help="whole drives, blocks of neighbours, or shuffled frames, which leak")
     add("--amp", choices=("auto", "fp16", "bf16", "off"), help="mixed precision; auto: fp16 on CUDA, else off")
     add("--workers", type=number(int, 0), help="processes that read data (default: up to 4)")
-    add("--seed", type=number(int, 0), help="of weights, order, augmentation and dropout (default 0)")
+    add("--seed", type=number(int, 0, 2 ** 31), help="of weights, order, augmentation and dropout (default 0)")
     add("--eval-every", type=positive, help="steps between validations and checkpoints (default: a fortieth of the run; CamVid 1000, toy 100)")
     add("--resume", action="store_true", default=None, help="go on with the run in --out, or the newest under runs/")
     add("--device", help="auto (CUDA, then MPS, then CPU), or one of them by name")
