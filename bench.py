@@ -13,6 +13,7 @@ first run (on CUDA: the allocator's peak). MACs are counted on the operations th
 """
 
 import argparse
+import ctypes
 import json
 import math
 import multiprocessing
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import MISTAKES, UsageError, keep_freed_memory, pick_device
+from eval import MISTAKES, UsageError, keep_freed_memory, no_nan, pick_device
 from losses import IGNORE, Projections, class_weights, cskd, pekd, weighted_cross_entropy
 from model import NORMS, SIZES, SMALLEST, rename, segformer
 
@@ -67,9 +68,14 @@ def status_bytes(field):
 
 def serve(pipe, keep, make, args):
     """The body of a subject's process: run once for each True received and send the seconds; at the end send the peak."""
+    run, device = make(*args)
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim:
+        malloc_trim(0)                                            # what building the models freed is not memory to run in
     if keep:
         keep_freed_memory()
-    run, device = make(*args)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     if device.type != "cuda" and os.path.exists("/proc/self/clear_refs"):
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")                                       # forget the peak of building the models
@@ -94,8 +100,11 @@ def run_in_turns(subjects, rounds, warmup=2):
     times = {name: [] for name in subjects}
     for round in range(warmup + rounds):
         for name, pipe in pipes.items():
-            pipe.send(True)
-            seconds = pipe.recv()
+            try:
+                pipe.send(True)
+                seconds = pipe.recv()
+            except (EOFError, BrokenPipeError):
+                raise UsageError(f"{name} failed in its process; its own message stands above") from None
             if round >= warmup:
                 times[name].append(seconds)
     results = {}
@@ -284,7 +293,8 @@ def bench_peer(args, device, dtype):
 
 
 def bench_step(args, device, dtype):
-    """The distillation step, transformers with textbook losses against ours. -> rows"""
+    """The distillation step, transformers with textbook losses against ours. transformers' teacher runs whole, as its users
+    call it; ours leaves out the decoder, which none of these losses reads. -> rows"""
     peer_model("b0")
     common = (tuple(args.size), max(args.batch, 2), str(device), dtype)
     losses = [distillation_step(ours, False, *common)[0]().item() for ours in (False, True)]      # eval mode: nothing random
@@ -325,7 +335,7 @@ def main():
         results = {subject: SUBJECTS[subject](args, device, dtype) for subject in args.subjects or ["model"]}
         if args.json:
             with open(args.json, "w") as file:
-                json.dump(dict(device=name, torch=torch.__version__, **vars(args), results=results), file, indent=1)
+                json.dump(no_nan(dict(vars(args), device=name, torch=torch.__version__, results=results)), file, indent=1)
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import random
+import struct
 import sys
 import warnings
 from pathlib import Path
@@ -71,12 +72,16 @@ def read_picture(path, mode=None, upright=False):
         with Image.open(path) as picture:
             if mode == "ids" and picture.mode not in ("L", "P"):
                 raise DatasetError(f"{path}: a label must be an 8-bit image of class ids, this one is {picture.mode}")
+            if mode == "ids" and picture.format == "JPEG":
+                raise DatasetError(f"{path}: a label must be a .png, JPEG changes the ids")
             if picture.mode.startswith(("I", "F")):
                 raise DatasetError(f"{path}: an image must have 8 bits a channel, this one is {picture.mode}")
             return np.array(picture if mode == "ids" else (ImageOps.exif_transpose(picture) if upright else picture).convert("RGB"))
     except FileNotFoundError:
         raise DatasetError(f"{path}: there is no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:           # what PIL raises for broken files
+    except DatasetError:
+        raise
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:       # PIL's, of broken files
         reason = str(error).replace(str(path), "").strip(" '")
         raise DatasetError(f"{path}: not an image that can be read ({reason})") from None
 
@@ -285,12 +290,20 @@ def cityscapes_pairs(root, split):
     return pair(images, labels)
 
 
+def read_lines(path):
+    """The lines of a text file that are not empty, stripped."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise DatasetError(f"{path}: not UTF-8 text") from None
+
+
 def folder_classes(root):
     """classes.txt -> {name: colour}."""
     path = root / "classes.txt"
     if not path.is_file():
         raise DatasetError(f"{path}: there is no such file (looked for images/, labels/ and classes.txt in {root})")
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.split() for line in read_lines(path)]
     own = [len(words) > 3 and all(word.isdigit() and int(word) < 256 for word in words[-3:]) for words in lines]
     names = [" ".join(words[:-3] if has else words) for words, has in zip(lines, own)]
     if not 0 < len(set(names)) == len(names) < INVALID:
@@ -310,7 +323,7 @@ def folder_pairs(root, split):
         return halves[split]
     if split not in lists:
         raise DatasetError(f"{root / split}.txt: there is no such list of stems (found {', '.join(lists)})")
-    stems = [line.strip() for line in (root / f"{split}.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+    stems = read_lines(root / f"{split}.txt")
     unknown = [stem for stem in stems if stem not in pairs]
     if unknown or not stems:
         raise DatasetError(f"{root / split}.txt: " + (f"no image has the stem {unknown[0]!r}" if unknown else "it names no frame"))
@@ -375,6 +388,8 @@ def deal(stems, fold, folds, fold_by):
     drives = {}
     for stem in stems:
         drives.setdefault(stem.split("_")[0], []).append(stem)
+    if len(drives) == len(stems):
+        raise DatasetError("the frames' names tell no drives (the part before the first _): use --fold-by block")
     if len(drives) < folds:
         raise DatasetError(f"{len(drives)} drives cannot make {folds} folds; use --fold-by block")
     hands = [[] for _ in range(folds)]
@@ -599,9 +614,12 @@ def main():
             try:
                 datasets.append((split, open_dataset(args.spec, split, args.fold, args.folds, fold_by=args.fold_by)))
             except DatasetError as error:
-                absent = any(words in str(error) for words in ("no such folder", "no such list", f"no {split} frames"))
-                if split == "train" or args.split or not absent:  # val and test need not be there
+                root = Path(args.spec.partition(":")[2])
+                parts = (split, f"{split}annot", f"{split}.txt", f"leftImg8bit/{split}", f"gtFine/{split}")
+                if split == "train" or args.split or any((root / part).exists() for part in parts):
                     problems.append(str(error))
+                else:                                             # val and test need not be there
+                    print(f"no {split} split: {error}")
         for split, dataset in datasets:
             counts, sizes, wrong = check(dataset)
             report(dataset, split, counts, sizes)
@@ -616,8 +634,8 @@ def main():
         if rows:
             grid(rows, ("frame", "label", "both")).save(args.sheet)
             print(f"\nframe, label and both: {args.sheet}")
-    except OSError as error:
-        problems.append(f"cannot write {args.sheet}: {error.strerror or error}")
+    except (OSError, ValueError) as error:
+        problems.append(f"cannot write {args.sheet}: {getattr(error, 'strerror', None) or error}")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     sys.exit(2 if problems else 0)

@@ -33,6 +33,10 @@ class UsageError(ValueError):
     """The command cannot do what it was asked; the message is one sentence."""
 
 
+class NotFinite(ArithmeticError):
+    """A loss or an output became NaN or infinite; the message says where."""
+
+
 MISTAKES = (UsageError, DatasetError, CheckpointError)            # what a user can get wrong: a sentence and exit code 2
 
 
@@ -62,6 +66,8 @@ def predict(model, image, size=None):
     if size is not None and tuple(image.shape[1:]) != tuple(size):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    if min(image.shape[1:]) < SMALLEST:
+        raise UsageError(f"a frame of {image.shape[2]}x{image.shape[1]} pixels: the network needs {SMALLEST}x{SMALLEST} at least")
     with torch.inference_mode():
         return model(image[None].to(next(model.parameters()).device).float() / 255)
 
@@ -75,7 +81,8 @@ def evaluate(model, dataset, size=None, quarter=False, progress=None):
     """Confusion matrix (C, C) int64 of `model` over `dataset`; the model is put in eval mode and left as it was.
 
     size: (H, W) that images are resized to for the network, None for their own. quarter: score at the logits' size, against
-    labels shrunk to it (nearest). progress(done, all) is called after each frame.
+    labels shrunk to it (nearest). progress(done, all) is called after each frame. Raises NotFinite for NaN logits: their
+    argmax is class 0, which would pass for an answer.
     """
     was_training = model.training
     model.eval()
@@ -83,6 +90,8 @@ def evaluate(model, dataset, size=None, quarter=False, progress=None):
     for i in range(len(dataset)):
         image, label = dataset[i]
         logits = predict(model, image, size).float()                                # (1, C, h/4, w/4)
+        if not logits.isfinite().all():
+            raise NotFinite(f"the network's output on frame {i} is not finite: its weights are broken")
         if quarter:
             small = Image.fromarray(label.numpy()).resize(tuple(logits.shape[:1:-1]), Image.Resampling.NEAREST)
             label = torch.from_numpy(np.array(small))                               # (h/4, w/4)
@@ -169,6 +178,16 @@ def check_classes(model, path, dataset):
         raise UsageError(f"{path} was trained on other classes than {dataset.name}'s: its {first[0]!r} stands where the data has {first[1]!r}")
 
 
+def warn_of_leak(model, path, args):
+    """Say so when the folds that a model was trained on are not those it is scored or teaches on: it may have seen the frames."""
+    trained, now = model.trained_on, {name: getattr(args, name) for name in ("data", "fold", "folds", "fold_by")}
+    if not isinstance(trained, dict) or trained.get("data") != now["data"] or trained.get("fold") is None and now["fold"] is None:
+        return
+    if trained != now:
+        print(f"warning: {path} was trained with fold {trained.get('fold')} of {trained.get('folds')} held out, and now it is fold {now['fold']} "
+              f"of {now['folds']} (None: the official split): it has seen frames that it is scored on", file=sys.stderr)
+
+
 # ---------------------------------------------------------------- commands
 
 def run_scores(args, models):
@@ -176,6 +195,7 @@ def run_scores(args, models):
     dataset = open_dataset(args.data, args.split, args.fold, args.folds, fold_by=args.fold_by)
     for path, model in models.items():
         check_classes(model, path, dataset)
+        warn_of_leak(model, path, args)
     results = []
     for path, model in models.items():
         confusion = evaluate(model, dataset, model.input_size, args.quarter, show_progress(path))
@@ -227,7 +247,8 @@ def run_images(args, model):
         if not found:
             raise UsageError(f"{given}: no .png or .jpg in it")
         paths += found
-    doubles = sorted({path.stem for path in paths if sum(other.stem == path.stem for other in paths) > 1})
+    names = [name for path in paths for name in (path.stem, f"{path.stem}_overlay")]
+    doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise UsageError(f"two photos would both be written to {doubles[0]}.png: give them different names")
     folder = make_folder(args.out)
@@ -291,10 +312,10 @@ def main():
             if args.size:
                 model.input_size = None if args.size == [0, 0] else tuple(args.size)
         problems = run_images(args, models[args.checkpoints[0]]) if args.images else run_scores(args, models) or []
-    except MISTAKES as error:
+    except (*MISTAKES, NotFinite) as error:
         problems = [str(error)]
     except OSError as error:
-        problems = [f"{error.filename}: {error.strerror}"]
+        problems = [f"{error.filename or 'cannot write'}: {error.strerror or error}"]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     sys.exit(2 if problems else 0)

@@ -46,11 +46,11 @@ def raise_half(value):
 def full_precision(loss):
     """Decorator: run `loss` in float32 at least. Squares and sums over an image overflow or round away in 16 bits."""
     @functools.wraps(loss)
-    def run(first, *args, **kwargs):
+    def run(*args, **kwargs):
+        first = args[0] if args else next(iter(kwargs.values()))
         device = (first[0] if isinstance(first, (list, tuple)) else first).device.type
         with torch.autocast(device, enabled=False):
-            args, kwargs = raise_half(args), {name: raise_half(value) for name, value in kwargs.items()}
-            return loss(raise_half(first), *args, **kwargs)
+            return loss(*raise_half(args), **{name: raise_half(value) for name, value in kwargs.items()})
     return run
 
 
@@ -109,9 +109,9 @@ def kl_distillation(student_logits, teacher_logits, temperature=1.0, labels=None
 
 
 def cosine(a, b, dim, eps=1e-8):
-    """Eq. 5: cosine of a and b over `dim`. eps inside the root, so that a zero vector gets a zero gradient, not NaN."""
-    norms = (a.square().sum(dim) * b.square().sum(dim)).clamp(min=eps ** 2).sqrt()
-    return (a * b).sum(dim) / norms
+    """Eq. 5: cosine of a and b over `dim`. A zero vector has no direction: cosine 0 and no gradient, not NaN or 1 / eps."""
+    squares = a.square().sum(dim) * b.square().sum(dim)
+    return (a * b).sum(dim) * (squares > eps ** 2) / squares.clamp(min=eps ** 2).sqrt()
 
 
 @full_precision
@@ -187,7 +187,8 @@ def focal_loss(logits, labels, alpha=None, gamma=2.0):
     valid = labels != IGNORE
     target = labels.where(valid, 0)                                               # any class: masked out below
     log_p = F.log_softmax(logits, 1).gather(1, target[:, None]).squeeze(1)        # (B, H, W)
-    loss = -(-torch.expm1(log_p)) ** gamma * log_p                                # 1 - e^x = -expm1(x), exact near p = 1
+    miss = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)         # 1 - p, exact near p = 1; never 0 ** gamma
+    loss = -miss ** gamma * log_p                                                 # (B, H, W)
     return mean_over(loss if alpha is None else alpha.to(loss)[target] * loss, valid)
 
 

@@ -44,7 +44,7 @@ HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)                    # per stage, i
 MLP_RATIO, DROP_PATH, DROPOUT = 4, 0.1, 0.1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # ImageNet's, of RGB in [0, 1]
 CACHED = 2 ** 21                                                  # floats of a map that a CPU's caches hold: 8 MiB
-SMALLEST = 32                                                     # pixels: below it stage 4 has no token left
+SMALLEST = 32                                                     # pixels, stage 4's stride
 
 
 # ---------------------------------------------------------------- norms: norm_fn(dim, site) -> nn.Module
@@ -58,7 +58,8 @@ class DyT(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
-        return torch.addcmul(self.bias, self.weight, torch.tanh(self.alpha * x))
+        # [None]: beside a half-precision x a 0-dim alpha would count as half too, and its gradient, one sum over x, overflow
+        return torch.addcmul(self.bias, self.weight, torch.tanh(self.alpha[None] * x))
 
 
 class DyL(nn.Module):
@@ -92,7 +93,10 @@ def dyt_dyl(dim, site):
 
 
 def dyt_dyl_ln(dim, site):
-    """EffiSeg's "+Tanh+Linear" as its code has it: like `dyt_dyl`, but LayerNorm at the end of a stage."""
+    """EffiSeg's "+Tanh+Linear" as a variant of its code has it: like `dyt_dyl`, but LayerNorm at the end of a stage.
+
+    Its other variant also has DyT at "sr": `lambda dim, site: DyT(dim) if site == "sr" else dyt_dyl_ln(dim, site)`.
+    """
     return layer_norm(dim, site) if site == "stage" else dyt_dyl(dim, site)
 
 
@@ -182,11 +186,12 @@ class MixFFN(nn.Module):
 
     def forward(self, x):                                         # (B, H, W, C)
         fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
-        out = fc2.bias
+        out = None
         for part in slices(fc1.out_features, x):                  # n of the 4C hidden channels
             hidden = F.linear(x, fc1.weight[part], fc1.bias[part])                  # (B, H, W, n)
             hidden = as_tokens(F.conv2d(as_image(hidden), dwconv.weight[part], dwconv.bias[part], padding=1, groups=hidden.shape[3]))
-            out = out + F.linear(F.gelu(hidden), fc2.weight[:, part])               # (B, H, W, C)
+            share = F.linear(F.gelu(hidden), fc2.weight[:, part], fc2.bias if out is None else None)          # (B, H, W, C)
+            out = share if out is None else out + share
         return out
 
 
@@ -335,15 +340,15 @@ class Features(NamedTuple):
 class SegFormer(nn.Module):
     """Images (B, 3, H, W), float RGB in [0, 1], H and W at least 32 -> logits (B, num_classes, ceil(H/4), ceil(W/4)).
 
-    `classes` (names), `palette` ((R, G, B) a class) and `input_size` ((H, W) that images were resized to in training) are
-    plain lists or None; a checkpoint carries them.
+    A checkpoint carries, as plain values or None: `classes` (names), `palette` ((R, G, B) a class), `input_size` ((H, W) that
+    images were resized to in training), `trained_on` (the data and fold).
     """
 
     def __init__(self, variant, num_classes, norm_fn=layer_norm):
         super().__init__()
         dims, depths, width = SIZES[variant].values()
         self.variant, self.num_classes, self.norm_fn = variant, num_classes, norm_fn
-        self.classes = self.palette = self.input_size = None
+        self.classes = self.palette = self.input_size = self.trained_on = None
         self.folded = False
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
@@ -467,7 +472,8 @@ def save_checkpoint(model, path, **extra):
         raise CheckpointError(f"cannot save {path}: " + ("a folded model is for inference only, save the one it came from"
                               if model.folded else "add the norm function to model.NORMS so that loading finds it"))
     content = dict(format="effiseg", variant=model.variant, norm=norm, num_classes=model.num_classes, classes=model.classes,
-                   palette=model.palette, input_size=model.input_size, layer_norm_eps=[m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)],
+                   palette=model.palette, input_size=model.input_size, trained_on=model.trained_on,
+                   layer_norm_eps=[m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)],
                    model={name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, **extra)
     partial = f"{path}.partial"
     with open(partial, "wb") as file:
@@ -489,28 +495,45 @@ def load_checkpoint(path, num_classes=None):
         kind, tensors = "EffiSeg", content.get("model")
     else:
         kind, tensors = None, content.get("state_dict", content)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in tensors.items()):
         raise CheckpointError(f"{path} is not a checkpoint of a SegFormer: it holds other things than named tensors")
     if kind is None:
         kind, tensors = rename(tensors, path)
     variant = find_variant(tensors, path)
-    found = tensors["decoder.classifier.weight"].shape[0] if "decoder.classifier.weight" in tensors else None
+    head = tensors.get("decoder.classifier.weight")
+    found = None if head is None else head.shape[:1].numel() if head.ndim else 0
+    if found == 0:
+        raise CheckpointError(f"{path} has a head without classes")
     if found is None and num_classes is None:
         raise CheckpointError(f"{path} is an encoder without a decoder: say how many classes the new one has (num_classes)")
-    if content.get("norm", "ln") not in NORMS:
-        raise CheckpointError(f"{path} was trained with norm {content['norm']!r}, which is not in model.NORMS")
-    model = segformer(variant, num_classes or found, NORMS[content.get("norm", "ln")])
+    norm = content.get("norm", "ln") if kind == "EffiSeg" else "ln"
+    if not isinstance(norm, str) or norm not in NORMS:
+        raise CheckpointError(f"{path} was trained with norm {norm!r}, which is not in model.NORMS")
+    model = segformer(variant, num_classes or found, NORMS[norm])
     expected = () if found == model.num_classes else ("decoder.",) if found is None else ("decoder.classifier.",)
     loaded = load_tensors(model, tensors, expected, path)
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    for norm, eps in zip(norms, content.get("layer_norm_eps") or [HUGGING_FACE_EPS] * len(norms)):
+    if kind == "EffiSeg":
+        read_extras(model, content, found, len(norms), path)
+    for norm, eps in zip(norms, content["layer_norm_eps"] if kind == "EffiSeg" else [HUGGING_FACE_EPS] * len(norms)):
         norm.eps = eps
-    model.input_size = content.get("input_size")
-    if found == model.num_classes:
-        model.classes, model.palette = content.get("classes"), content.get("palette")
     new = "" if not expected else ", new decoder" if found is None else f", new head (the file's has {found} classes)"
     print(f"{path}: SegFormer-{variant.upper()}, {model.num_classes} classes, {kind}, {loaded} tensors loaded{new}")
     return model.eval()
+
+
+def read_extras(model, content, classes, norms, path):
+    """Set what our own checkpoints carry beside the weights; CheckpointError where it does not fit the network."""
+    eps, size = content.get("layer_norm_eps"), content.get("input_size")
+    fits = isinstance(eps, list) and len(eps) == norms and all(isinstance(value, float) and value > 0 for value in eps)
+    fits &= size is None or isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(n, int) and n >= SMALLEST for n in size)
+    names, palette = content.get("classes"), content.get("palette")
+    fits &= all(value is None or isinstance(value, list) and len(value) == classes for value in (names, palette))
+    if not fits:
+        raise CheckpointError(f"{path} is damaged: its layer_norm_eps, input_size, classes or palette do not fit its network")
+    model.input_size, model.trained_on = size, content.get("trained_on")
+    if classes == model.num_classes:
+        model.classes, model.palette = names, palette
 
 
 def read_checkpoint(path):
@@ -520,8 +543,8 @@ def read_checkpoint(path):
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"cannot open checkpoint {path}: {error.strerror}") from None
     except Exception as error:                                    # a stranger's file can be broken in any way there is
-        reason = "it holds more than tensors and plain values, perhaps code, and is not run" \
-            if "weights_only" in str(error).lower() or "weights only" in str(error).lower() else str(error).split("\n")[0][:120]
+        unsafe = any(word in str(error) for word in ("Unsupported global", "Unsupported class", "GLOBAL"))
+        reason = "it holds more than tensors and plain values, perhaps code, and is not run" if unsafe else "it is damaged or of another kind; nothing in it was run"
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {reason}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not named tensors")

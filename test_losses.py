@@ -234,9 +234,21 @@ def test_feature_losses_do_not_grow_with_the_batch_and_spare_the_teacher(maps):
 
 def test_zero_features_have_finite_gradients():
     """A dead channel or pixel has no direction: its cosine must not make NaN of the whole gradient."""
-    student = torch.zeros(B, C, H, W, requires_grad=True)
-    cskd(student, torch.randn(B, C, H, W)).backward()
-    assert student.grad.isfinite().all()
+    student, teacher = torch.randn(B, C, H, W), torch.randn(B, C, H, W)
+    student[0, :, 1, 2] = 0                                       # a dead pixel
+    student[1, 3] = 0                                             # a dead channel
+    for x in (student, torch.zeros(B, C, H, W)):
+        x.requires_grad_()
+        cskd(x, teacher).backward()
+        assert x.grad.isfinite().all() and x.grad.abs().max() < 10
+
+
+def test_losses_take_keywords_and_certain_pixels(batch):
+    logits, labels, _ = batch
+    assert cskd(teacher=logits, student=logits).item() == pytest.approx(0, abs=1e-12)
+    certain = torch.tensor([60.0, 0.0]).view(1, 2, 1, 1).requires_grad_()
+    focal_loss(certain, torch.zeros(1, 1, 1, dtype=torch.long), gamma=0.5).backward()
+    assert certain.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -40,8 +40,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import CITYSCAPES, IGNORE, Augment, Stream, open_dataset, pixel_counts
-from eval import (MISTAKES, UsageError, check_classes, draw_comparison, evaluate, keep_freed_memory, make_folder, pick_device, scores,
-                  show_progress, table)
+from eval import (MISTAKES, NotFinite, UsageError, check_classes, draw_comparison, evaluate, keep_freed_memory, make_folder,
+                  pick_device, scores, show_progress, table, warn_of_leak)
 from losses import (Projections, class_weights, cskd, dice_loss, focal_loss, kl_distillation, pekd, weighted_cross_entropy)
 from model import NORMS, SIZES, SMALLEST, Features, load_checkpoint, read_checkpoint, save_checkpoint, segformer
 
@@ -58,10 +58,6 @@ SUITS = {
 }
 MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every")        # on resume; the rest is the experiment
 REPORT_EVERY = 20                                                 # steps between two reads of the losses from the device
-
-
-class NotFinite(ArithmeticError):
-    """A loss became NaN or infinite; the message names the term and the step."""
 
 
 # ---------------------------------------------------------------- the objective
@@ -194,13 +190,18 @@ def all_reduce(tensor):
     return tensor
 
 
-def join_processes(device):
-    """Under torchrun: join the others, one GPU each. -> this process's device. Only the first one speaks."""
+def join_processes(name):
+    """Under torchrun: join the others, one GPU each, or the CPU; only the first one speaks. -> this process's device."""
     if "RANK" not in os.environ:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        return pick_device(name)
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and name in ("auto", "cuda"):
+        if local >= torch.cuda.device_count():
+            raise UsageError(f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)                              # before anything is allocated
+        device = torch.device("cuda", local)
+    else:
+        device = pick_device("cpu" if name == "auto" else name)   # gloo knows no MPS
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -224,7 +225,7 @@ def choose_folder(args):
     """--out, or runs/DATA-STUDENT[-kd] with a number behind it when that is taken. Raises UsageError for a used --out."""
     if args.out:
         folder = Path(args.out)
-        if (folder / "last.pth").exists():
+        if any((folder / name).exists() for name in ("last.pth", "best.pth")):
             raise UsageError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
         return make_folder(folder)
     name = f"runs/{args.data.split(':')[0]}-{args.student}{'-kd' if args.teacher else ''}"
@@ -240,6 +241,8 @@ def find_run(args):
     content = read_checkpoint(found[-1])
     if not isinstance(content.get("training"), dict):
         raise UsageError(f"{found[-1]} is a checkpoint but not a run: it has no training state")
+    if not (found[-1].parent / "best.pth").exists():
+        raise UsageError(f"{found[-1].parent} has a last.pth but no best.pth: the run needs both to go on")
     return found[-1].parent, content
 
 
@@ -264,9 +267,12 @@ class Log:
 
 
 def git_commit():
-    """The code's commit, "" outside a repository."""
-    result = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return result.stdout.strip()
+    """The code's commit, "" outside a repository or without git."""
+    try:
+        result = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        return result.stdout.strip()
+    except OSError:
+        return ""
 
 
 # ---------------------------------------------------------------- the run
@@ -275,7 +281,7 @@ def train(args):
     """The whole run, from the flags to the last table."""
     folder, saved = find_run(args) if args.resume else (None, None)
     args = settle(args, saved)
-    device = join_processes(pick_device(args.device))
+    device = join_processes(args.device)
     train_set, val_set = (open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by) for split in ("train", "val"))
     total_batch = args.batch_size * args.accum * world_size()
     args.iters = args.iters or math.ceil(args.epochs * len(train_set) / total_batch)
@@ -283,6 +289,7 @@ def train(args):
     if saved and saved["training"]["total_batch"] != total_batch:
         raise UsageError(f"{folder} was trained with {saved['training']['total_batch']} images a step, this would be {total_batch}")
 
+    pixel_counts(val_set)                                         # a wrong validation label is said now, not after an hour
     student, teacher, objective = make_networks(args, train_set, device)
     optimizer = make_optimizer(objective, args, device)
     check_owned(objective, optimizer)
@@ -298,7 +305,7 @@ def train(args):
     announce(args, folder, device, student, train_set, val_set, objective, total_batch, start)
     if teacher is not None:
         record["teacher_scores"] = record["teacher_scores"] or evaluate_together(teacher, val_set, show_progress("teacher"))
-        print(f"teacher {args.teacher}: mIoU {100 * record['teacher_scores']['miou']:.2f} % on {val_set.name} val, full resolution", flush=True)
+        print(f"teacher {args.teacher}: mIoU {100 * record['teacher_scores']['miou']:.2f} % on {val_set.name} {held_out(args)}, full resolution", flush=True)
     log = Log(folder, "log.csv", ["step", "lr", "loss", *objective.weights], start)
     score_log = Log(folder, "scores.csv", ["step", "miou", "macc", "aacc", *train_set.classes], start)
 
@@ -328,10 +335,10 @@ def train(args):
             print_progress(done, args.iters, rows[-1], objective.weights, speed, total_batch)
             pending.clear()
         if evaluates:
-            result = evaluate_together(student, val_set, show_progress("val"))
+            result = evaluate_together(student, val_set, show_progress("val"))        # NotFinite comes before anything is saved
             better = result["miou"] > record["best_scores"]["miou"] if record["best_scores"] else True
             record |= dict(step=done, best_scores=result | {"step": done}) if better else dict(step=done)
-            print_scores(done, result, val_set, better)
+            print_scores(done, result, val_set, better, args)
             score_log.add([[done, *(f"{value:.6f}" for value in (result["miou"], result["macc"], result["aacc"], *result["iou"]))]])
             if rank() == 0:
                 if better:
@@ -353,10 +360,12 @@ def make_networks(args, train_set, device):
     student = segformer(args.student, len(train_set.classes), NORMS[args.norm])
     student.classes, student.palette = train_set.classes, train_set.palette
     student.input_size = args.crop if args.augment == "plain" else train_set.size
+    student.trained_on = {name: getattr(args, name) for name in ("data", "fold", "folds", "fold_by")}
     teacher = projections = None
     if args.teacher:
         teacher = load_checkpoint(args.teacher)
         check_classes(teacher, args.teacher, train_set)
+        warn_of_leak(teacher, args.teacher, args)
         projections = Projections(SIZES[args.student]["dims"], SIZES[teacher.variant]["dims"])
         teacher.input_size = student.input_size                   # it teaches at this size, so it is judged at this size
         teacher = teacher.fold().to(device)                       # frozen: eval mode, no gradient, BatchNorm fixed
@@ -415,9 +424,13 @@ def print_progress(done, iters, row, weights, speed, total_batch):
           f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
 
 
-def print_scores(done, result, val_set, better):
+def held_out(args):
+    return "val" if args.fold is None else f"fold {args.fold} of {args.folds}"
+
+
+def print_scores(done, result, val_set, better, args):
     print(f"step {done}: mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, aAcc {100 * result['aacc']:.2f} % "
-          f"on {val_set.name} val, full resolution{' (best so far)' if better else ''}", flush=True)
+          f"on {val_set.name} {held_out(args)}, full resolution{' (best so far)' if better else ''}", flush=True)
 
 
 def announce(args, folder, device, student, train_set, val_set, objective, total_batch, start):
@@ -452,7 +465,7 @@ def finish(args, folder, teacher, record, val_set):
     results.append(record["best_scores"])
     some = np.linspace(0, len(val_set) - 1, min(4, len(val_set))).astype(int).tolist()
     draw_comparison(folder / "pictures.png", models, names, val_set, some)
-    print(f"\n{val_set.name} val, {len(val_set)} frames, full resolution; student's best checkpoint: step {record['best_scores']['step']}")
+    print(f"\n{val_set.name} {held_out(args)}, {len(val_set)} frames, full resolution; student's best checkpoint: step {record['best_scores']['step']}")
     print(table(names, results, val_set.classes))
     print(f"\npictures: {folder / 'pictures.png'}; checkpoints: {folder / 'best.pth'}, {folder / 'last.pth'}")
 
@@ -464,6 +477,8 @@ def settle(args, saved=None):
     given = {name: value for name, value in vars(args).items() if value is not None}
     if saved:
         stored = saved["training"]["args"]
+        if given.get("amp") == "auto":
+            del given["amp"]                                      # what it was settled to goes on
         changed = [name for name in given if name not in MAY_CHANGE and given[name] != stored.get(name)]
         if changed:
             name = changed[0]
@@ -479,7 +494,18 @@ def settle(args, saved=None):
     full |= dict(workers=min(4, os.cpu_count() or 1)) | suits | given
     on_cuda = torch.cuda.is_available() and (full["device"] == "auto" or full["device"].startswith("cuda"))
     full["amp"] = full["amp"] if full["amp"] != "auto" else "fp16" if on_cuda else "off"
+    say_what_is_idle(given, full)
     return argparse.Namespace(**full)
+
+
+def say_what_is_idle(given, full):
+    """A flag that was given and changes nothing beside the others is said."""
+    idle = dict(scale_range=full["augment"] == "plain", folds=full["fold"] is None, fold_by=full["fold"] is None,
+                lambda_dice=full["loss"] == "wce", temperature=not full["lambda_kl"], lambda_m=not full["lambda_fd"],
+                lambda_s=not full["lambda_fd"], teacher=not (full["lambda_kl"] or full["lambda_fd"] or full["lambda_pe"]))
+    for name in idle:
+        if name in given and idle[name]:
+            print(f"note: --{name.replace('_', '-')} changes nothing in this run", file=sys.stderr)
 
 
 def number(kind, low, high=math.inf, open_low=False):
@@ -560,6 +586,9 @@ def main():
     except NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        print(f"error: {error.filename or 'cannot write'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ class Oracle(torch.nn.Module):
 
 def test_evaluate_scores_at_the_labels_size_whatever_the_input_size(folder):
     dataset, model = open_dataset(folder, "val"), Oracle().train()
-    full, half, quarter = (scores(evaluate(model, dataset, *args)) for args in ((), ((20, 24),), (None, True)))
-    assert model.training and set(model.sizes) == {(40, 48), (20, 24)}
+    full, half, quarter = (scores(evaluate(model, dataset, *args)) for args in ((), ((32, 40),), (None, True)))
+    assert model.training and set(model.sizes) == {(40, 48), (32, 40)}
     assert full["miou"] == quarter["miou"] == 1 and half["miou"] > 0.8
     assert evaluate(model, dataset).sum() == sum((dataset[i][1] != IGNORE).sum() for i in range(len(dataset)))
     assert evaluate(model, dataset, quarter=True).sum() <= len(dataset) * 10 * 12
@@ -126,6 +126,17 @@ def test_mistakes_are_a_sentence_and_exit_code_2(args, sentence, folder, checkpo
     args = [arg.format(net=checkpoint, tmp=tmp_path, folder=folder) for arg in args]
     output = command("eval.py", *args, code=2)
     assert sentence in output
+
+
+def test_broken_weights_and_seen_folds_are_said(folder, tmp_path):
+    network = segformer("b0", 3)
+    network.trained_on = dict(data=folder, fold=0, folds=2, fold_by=None)
+    save_checkpoint(network, tmp_path / "net.pth")
+    assert "it has seen frames" in command("eval.py", tmp_path / "net.pth", "--data", folder)
+    assert "it has seen" not in command("eval.py", tmp_path / "net.pth", "--data", folder, "--fold", 0)
+    network.decoder.fuse.weight.data[0] = float("nan")
+    save_checkpoint(network, tmp_path / "nan.pth")
+    assert "not finite" in command("eval.py", tmp_path / "nan.pth", "--data", folder, code=2)
 
 
 def test_classes_in_another_order_are_refused(folder, tmp_path):

@@ -7,13 +7,13 @@ import struct
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import model as model_file
 from model import (NORMS, SIZES, CheckpointError, Decoder, DyL, DyT, Reduce, dyt, dyt_dyl, dyt_dyl_ln, load_checkpoint,
                    save_checkpoint, segformer)
 
-transformers = pytest.importorskip("transformers")
 CLASSES = 19
 
 
@@ -25,6 +25,8 @@ def randomise(module, seed=0):
             tensor.uniform_(0.5, 2)
         elif name.endswith("running_mean") or tensor.ndim == 1:
             tensor.add_(0.3 * torch.randn_like(tensor))
+        elif tensor.ndim == 2:
+            tensor.mul_(3)                                        # fresh ones are so small that attention is nearly uniform
     return module.eval()
 
 
@@ -62,7 +64,11 @@ def test_logits_and_features_equal_transformers(variant, tmp_path):
     theirs = peer(variant)
     theirs.save_pretrained(tmp_path)
     ours = load_checkpoint(tmp_path / "model.safetensors")
-    images = torch.rand(2, 3, 75, 130)
+    assert all(m.eps == 1e-5 for m in ours.modules() if isinstance(m, nn.LayerNorm))
+    images, embeds = torch.rand(2, 3, 75, 130), []
+    for module in theirs.modules():
+        if type(module).__name__ == "SegformerOverlapPatchEmbeddings":
+            module.register_forward_hook(lambda module, inputs, output: embeds.append(output[0]))       # (B, H*W, C)
     with torch.no_grad():
         expected = theirs((images - ours.mean) / ours.std, output_hidden_states=True)
         found = ours.features(images)
@@ -70,7 +76,11 @@ def test_logits_and_features_equal_transformers(variant, tmp_path):
     with_gradients = ours.features(images)                        # another path: no slices, no fold
     for features in (found, folded, with_gradients):
         assert close(features.logits, expected.logits)
-        assert all(close(a, b) for a, b in zip(features.stages, expected.hidden_states[-4:]))
+        assert all(close(a, b) for a, b in zip(features.stages, expected.hidden_states[-4:], strict=True))
+        assert all(close(a.flatten(2).transpose(1, 2), b) for a, b in zip(features.patch_embeds, embeds, strict=True))
+    save_checkpoint(ours, tmp_path / "ours.pth")
+    with torch.no_grad():
+        assert torch.equal(load_checkpoint(tmp_path / "ours.pth")(images), found.logits)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin", "state_dict", "encoder", "classifier"])
@@ -146,6 +156,18 @@ def test_decoder_equals_the_published_one():
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-10)
 
 
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    network = segformer("b2", 2)
+    block, decoder = network.stages[2].blocks[0], network.decoder
+    assert block.attn.q.weight.std().item() == pytest.approx(0.02, rel=0.03) and not block.attn.q.bias.any()
+    assert block.mlp.dwconv.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.05)
+    assert network.stages[0].patch_embed.proj.weight.std().item() == pytest.approx((2 / (49 * 64)) ** 0.5, rel=0.05)
+    assert decoder.fuse.weight.std().item() == pytest.approx((2 / 768) ** 0.5, rel=0.01)
+    assert isinstance(decoder.dropout, nn.Dropout2d) and decoder.dropout.p == 0.1
+    assert [block.drop for stage in network.stages for block in stage.blocks] == pytest.approx(torch.linspace(0, 0.1, 16).tolist())
+
+
 def test_norm_sites():
     """The hook is asked at every site: 4 patch embeddings, 16 in blocks, 6 reductions, 4 stage ends in B0."""
     sites = []
@@ -171,6 +193,15 @@ def test_fold_removes_every_dyl_but_those_at_stage_ends():
     folded = segformer("b0", 2, dyt_dyl).fold()
     assert sum(isinstance(m, DyL) for m in folded.modules()) == 4
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) and not any(p.requires_grad for p in folded.parameters())
+
+
+def test_dyt_under_autocast_has_finite_gradients():
+    """Its scalar alpha sums the gradient of a whole map; in float16 that overflows."""
+    layer, x = DyT(8), torch.randn(4, 64, 64, 8).half()
+    with torch.autocast("cpu", torch.float16):
+        y = layer(x)
+    (y.float() * x.float()).sum().mul(1024).backward()
+    assert layer.alpha.grad.isfinite() and layer.alpha.grad.abs() > 65504
 
 
 def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
@@ -245,12 +276,23 @@ def write_bad(path, what):
     elif what == "shape":
         content["model"]["decoder.fuse.weight"] = torch.zeros(256, 512, 1, 1)
         torch.save(content, path)
+    elif what in ("norm", "eps", "eps count", "size", "classes"):
+        content |= {"norm": dict(norm=["ln"]), "eps": dict(layer_norm_eps=["x"] * 30), "eps count": dict(layer_norm_eps=[1e-6]),
+                    "size": dict(input_size=5), "classes": dict(classes=["a"])}[what]
+        torch.save(content, path)
+    elif what == "key":
+        content["model"][7] = torch.zeros(1)
+        torch.save(content, path)
+    elif what in ("no head", "flat head"):
+        content["model"]["decoder.classifier.weight"] = torch.zeros(0, 256, 1, 1) if what == "no head" else torch.tensor(1.0)
+        torch.save(content, path)
     elif what == "other network":
         torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, path)
 
 
-BAD = {"code": "not run", "code inside": "not run", "truncated": "not a checkpoint", "text": "not a checkpoint", "list": "list",
-       "empty": "not a checkpoint", "missing": "lacks 1 tensors, first stages.1.norm.bias", "unknown": "unknown 1 tensors, first extra.weight",
+BAD = {"code": "nothing in it was run", "code inside": "not run", "truncated": "it is damaged", "text": "it is damaged", "list": "list",
+       "empty": "it is damaged", "norm": "norm", "eps": "is damaged", "eps count": "is damaged", "size": "is damaged", "classes": "is damaged",
+       "key": "named tensors", "no head": "without classes", "flat head": "without classes", "missing": "lacks 1 tensors, first stages.1.norm.bias", "unknown": "unknown 1 tensors, first extra.weight",
        "shape": "wrong shapes for 1 tensors, first decoder.fuse.weight", "other network": "no SegFormer in a known format"}
 
 
