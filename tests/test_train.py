@@ -201,7 +201,7 @@ def test_two_processes_make_the_step_of_one(tmp_path):
     """Unequal void, --accum, every term: the same values and the same gradient as one process with the whole batch."""
     script = tmp_path / "step.py"
     script.write_text(SHARED_STEP.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(tmp_path / "two.pt")))
-    command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script)
+    command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, env={"OMP_NUM_THREADS": "1"})
     values, gradient = torch.load(tmp_path / "two.pt")
     expected, whole = shared_step(0, 1)
     assert torch.allclose(values, expected, rtol=1e-4)
@@ -213,7 +213,8 @@ def test_two_processes_train(tmp_path, folder):
     """The same samples and the same total batch; only dropout's draws and BatchNorm's batch differ."""
     flags = ["--data", folder, "--iters", "12", "--lr", "1e-4", "--crop", "32", "32", "--workers", "0", "--device", "cpu"]
     command("train.py", *flags, "--batch-size", 4, "--out", tmp_path / "one")
-    command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / "train.py", *flags, "--batch-size", 2, "--out", tmp_path / "two")
+    command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / "train.py", *flags, "--batch-size", 2, "--out", tmp_path / "two",
+            env={"OMP_NUM_THREADS": "1"})
     one, two = ([float(row["wce"]) for row in log(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == len(two) == 12 and one[0] == pytest.approx(two[0], rel=0.1) and np.mean(one) == pytest.approx(np.mean(two), rel=0.1)
     assert json.loads((tmp_path / "two" / "recipe.json").read_text())["total_batch"] == 4
