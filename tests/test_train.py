@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,12 @@ def test_defaults_are_the_papers_and_suit_the_data():
     assert arguments("--data", "camvid:x", "--epochs", 3).iters is None and arguments("--iters", 7).iters == 7
     assert train.loss_weights(arguments("--loss", "dice-focal", "--lambda-dice", 0.3)) == {"dice": 0.3, "focal": 0.7}
     assert train.loss_weights(paper) == {"wce": 1, "fd": 1, "pe": 1}
+
+
+@pytest.mark.parametrize("name", ["data.py", "train.py", "eval.py", "bench.py"])
+def test_help_names_every_flag(name):
+    text = command(name, "--help")
+    assert "usage" in text and all(f"--{flag}" in text for flag in re.findall(r'(?:add|add_argument)\("--([a-z-]+)"', (ROOT / name).read_text()))
 
 
 def test_a_batch_cut_in_parts_has_the_loss_and_gradient_of_the_whole():
