@@ -234,11 +234,12 @@ class Stage(nn.Module):
 
 def fuse_stages(stages, weights, bias):
     """sum_i up(weights_i stage_i) + bias at the first stage's size. (B, C_i, H_i, W_i), (D, C_i), (D,) -> (B, D, H_1, W_1)."""
-    fused = F.linear(as_tokens(stages[0]), weights[0], bias)      # (B, H_1, W_1, D)
+    fused = as_image(F.linear(as_tokens(stages[0]), weights[0], bias))              # (B, D, H_1, W_1)
     for stage, weight in zip(stages[1:], weights[1:]):
         narrow = as_image(F.linear(as_tokens(stage), weight))     # (B, D, H_i, W_i)
-        fused += as_tokens(F.interpolate(narrow, size=stages[0].shape[2:], mode="bilinear", align_corners=False))
-    return as_image(fused)                                        # added in place before this view, not after: no copies
+        wide = F.interpolate(narrow, size=fused.shape[2:], mode="bilinear", align_corners=False)
+        fused = wide.add_(fused)                                  # into `wide`, nobody's view: autograd copies what a view shares
+    return fused
 
 
 def classify(stages, weights, bias, classifier):
