@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ MLP_RATIO, DROP_PATH, DROPOUT = 4, 0.1, 0.1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # ImageNet's, of RGB in [0, 1]
 CACHED = 2 ** 21                                                  # floats of a map that a CPU's caches hold: 8 MiB
 SMALLEST = 32                                                     # pixels, stage 4's stride
+MAX_HEADER, MAX_WIDTH = 100_000_000, 4096                         # of a file that is not ours: bytes of safetensors' header, D
 
 
 # ---------------------------------------------------------------- norms: norm_fn(dim, site) -> nn.Module
@@ -345,9 +347,9 @@ class SegFormer(nn.Module):
     images were resized to in training), `trained_on` (the data and fold).
     """
 
-    def __init__(self, variant, num_classes, norm_fn=layer_norm):
+    def __init__(self, variant, num_classes, norm_fn=layer_norm, width=None):
         super().__init__()
-        dims, depths, width = SIZES[variant].values()
+        dims, depths, published = SIZES[variant].values()
         self.variant, self.num_classes, self.norm_fn = variant, num_classes, norm_fn
         self.classes = self.palette = self.input_size = self.trained_on = None
         self.folded = False
@@ -357,7 +359,7 @@ class SegFormer(nn.Module):
         drops = [drops[sum(depths[:i]):sum(depths[:i + 1])] for i in range(len(depths))]
         in_dims = (3, *dims[:-1])
         self.stages = nn.ModuleList(Stage(i, in_dims[i], dims[i], drops[i], norm_fn) for i in range(len(dims)))
-        self.decoder = Decoder(dims, width, num_classes)
+        self.decoder = Decoder(dims, width or published, num_classes)
         self.stages.apply(init_encoder)
         nn.init.kaiming_normal_(self.decoder.fuse.weight, mode="fan_out", nonlinearity="relu")     # the rest: torch's own
 
@@ -404,14 +406,15 @@ class SegFormer(nn.Module):
         return model
 
 
-def segformer(variant, num_classes, norm_fn=layer_norm):
+def segformer(variant, num_classes, norm_fn=layer_norm, width=None):
     """A SegFormer with fresh weights. variant "b0".."b5"; norm_fn(dim, site) -> nn.Module over (..., dim), where site is
-    "patch_embed" | "block" | "sr" | "stage". Raises ValueError for an unknown variant or no classes."""
+    "patch_embed" | "block" | "sr" | "stage"; width: the decoder's D, None for the published one. Raises ValueError for an
+    unknown variant or no classes."""
     if variant not in SIZES:
         raise ValueError(f"there is no SegFormer {variant!r}: choose one of {', '.join(SIZES)}")
     if num_classes < 1:
         raise ValueError(f"a segmenter needs at least one class, not {num_classes}")
-    return SegFormer(variant, num_classes, norm_fn)
+    return SegFormer(variant, num_classes, norm_fn, width)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -420,7 +423,16 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one sentence for the user."""
 
 
-# How other formats call our tensors: (pattern of their key, our key). A format is recognised by its first rule.
+class Format(NamedTuple):
+    """How others write a SegFormer down, and what their code does that their tensors do not tell."""
+    name: str
+    sign: str                                                     # what one of its keys begins with, and none of the next formats'
+    rules: list                                                   # (beginning of a key: a pattern, ours); "-": not this network's
+    eps: float | None = None                                      # of all its LayerNorms; None: as `layer_norm` has them
+    plain: bool = False                                           # images in [0, 1] without ImageNet's mean and std
+    void: bool = False                                            # its last class is void
+
+
 _EMBED = r"(?:segformer\.)?encoder\.patch_embeddings\.(\d)\."
 _BLOCK = r"(?:segformer\.)?encoder\.block\.(\d)\.(\d+)\."
 HUGGING_FACE = [                                                  # on the hub and on the disk
@@ -440,10 +452,10 @@ HUGGING_FACE = [                                                  # on the hub a
     (r"decode_head\.linear_fuse\.", r"decoder.fuse."),
     (r"decode_head\.batch_norm\.", r"decoder.norm."),
     (r"decode_head\.classifier\.", r"decoder.classifier."),
-    (r"classifier\.", r"imagenet_head."),                         # of an ImageNet classifier: known, and not needed
+    (r"classifier\.", "-"),                                       # of an ImageNet classifier
 ]
 _STAGE = r"(?:segformer\.)?stages\.(\d)\."
-HUGGING_FACE_5 = [                                                # the state_dict() of transformers 5
+TRANSFORMERS_5 = [                                                # its state_dict(), before its writer renames it
     (_STAGE + r"patch_embeddings\.proj\.", r"stages.\1.patch_embed.proj."),
     (_STAGE + r"patch_embeddings\.layer_norm\.", r"stages.\1.patch_embed.norm."),
     (_STAGE + r"blocks\.(\d+)\.layernorm_before\.", r"stages.\1.blocks.\2.norm1."),
@@ -458,8 +470,28 @@ HUGGING_FACE_5 = [                                                # the state_di
     (r"decode_head\.linear_projections\.(\d)\.proj\.", r"decoder.linear.\1."),
     *HUGGING_FACE[-4:],
 ]
-FORMATS = {"Hugging Face": HUGGING_FACE, "Hugging Face 5": HUGGING_FACE_5}
-HUGGING_FACE_EPS = 1e-5                                           # its code ignores layer_norm_eps of its own config
+NVLABS = [rule for i in range(4) for rule in (                    # it counts stages from 1, and has k and v in one: see `rename`
+    (rf"(?:backbone\.)?patch_embed{i + 1}\.", rf"stages.{i}.patch_embed."),
+    (rf"(?:backbone\.)?block{i + 1}\.(\d+)\.attn\.sr\.", rf"stages.{i}.blocks.\1.attn.reduce.conv."),
+    (rf"(?:backbone\.)?block{i + 1}\.(\d+)\.attn\.norm\.", rf"stages.{i}.blocks.\1.attn.reduce.norm."),
+    (rf"(?:backbone\.)?block{i + 1}\.(\d+)\.mlp\.dwconv\.dwconv\.", rf"stages.{i}.blocks.\1.mlp.dwconv."),
+    (rf"(?:backbone\.)?block{i + 1}\.(\d+)\.", rf"stages.{i}.blocks.\1."),
+    (rf"(?:backbone\.)?norm{i + 1}\.", rf"stages.{i}.norm."),
+    (rf"(?:decode_head\.)?linear_c{i + 1}\.proj\.", rf"decoder.linear.{i}."),
+)] + [
+    (r"(?:decode_head\.)?linear_fuse\.conv\.", "decoder.fuse."),
+    (r"(?:decode_head\.)?linear_fuse\.(?:bn|norm)\.", "decoder.norm."),
+    (r"(?:decode_head\.)?linear_pred\.", "decoder.classifier."),
+    (r"decode_head\.conv_seg\.", "-"),                            # mmseg's base class makes it, nothing calls it
+    (r"head\.", "-"),                                             # of an ImageNet classifier
+]
+FORMATS = (
+    Format("Hugging Face", _EMBED, HUGGING_FACE, eps=1e-5),       # its code ignores layer_norm_eps of its own config
+    Format("transformers 5", _STAGE + "patch_embeddings", TRANSFORMERS_5, eps=1e-5),
+    Format("NVlabs segmenter", r"backbone\.patch_embed1\.", NVLABS),
+    Format("TransKD/EffiSeg", r"linear_pred\.", NVLABS, plain=True, void=True),
+    Format("NVlabs encoder", r"patch_embed1\.", NVLABS),
+)
 
 
 def save_checkpoint(model, path, **extra):
@@ -487,60 +519,107 @@ def save_checkpoint(model, path, **extra):
 def load_checkpoint(path, num_classes=None):
     """-> the SegFormer in `path`, on the CPU, in eval mode; what was found is printed.
 
-    Reads this project's checkpoints and Hugging Face's (.bin, .safetensors; segmenters and bare encoders). With a
-    `num_classes` that differs from the file's, or a file without a decoder, that part is new and it is said.
-    Raises CheckpointError, in a sentence, for anything that is not exactly this network. No code in the file is run.
+    Reads this project's checkpoints, Hugging Face's (.bin, .safetensors, or a folder with its config.json), NVlabs' ImageNet
+    encoders and segmenters, and TransKD's and EffiSeg's. With a `num_classes` that differs from the file's, or a file
+    without a decoder, that part is new and it is said. Raises CheckpointError, in a sentence, for anything that is not
+    exactly this network. No code in the file is run.
     """
-    content = read_checkpoint(path)
-    if content.get("format") == "effiseg":
-        kind, tensors = "EffiSeg", content.get("model")
-    else:
-        kind, tensors = None, content.get("state_dict", content)
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in tensors.items()):
-        raise CheckpointError(f"{path} is not a checkpoint of a SegFormer: it holds other things than named tensors")
-    if kind is None:
-        kind, tensors = rename(tensors, path)
+    content, kind = convert(read_checkpoint(path), num_classes, path)
+    tensors = content["model"]
     variant = find_variant(tensors, path)
-    head = tensors.get("decoder.classifier.weight")
+    head, fuse = tensors.get("decoder.classifier.weight"), tensors.get("decoder.fuse.weight")
     found = None if head is None else head.shape[:1].numel() if head.ndim else 0
     if found == 0:
         raise CheckpointError(f"{path} has a head without classes")
+    if found is None and any(name.startswith("decoder.") for name in tensors):
+        raise CheckpointError(f"{path} is not whole: it has parts of a decoder, but no classifier")
     if found is None and num_classes is None:
-        raise CheckpointError(f"{path} is an encoder without a decoder: say how many classes the new one has (num_classes)")
-    norm = content.get("norm", "ln") if kind == "EffiSeg" else "ln"
+        raise CheckpointError(f"{path} is an encoder without a decoder: it can start a network (train.py --init), not be one")
+    norm = content.get("norm")
     if not isinstance(norm, str) or norm not in NORMS:
         raise CheckpointError(f"{path} was trained with norm {norm!r}, which is not in model.NORMS")
-    model = segformer(variant, num_classes or found, NORMS[norm])
+    width = fuse.shape[0] if fuse is not None and fuse.ndim == 4 and 0 < fuse.shape[0] <= MAX_WIDTH else None
+    model = segformer(variant, num_classes or found, NORMS[norm], width)
     expected = () if found == model.num_classes else ("decoder.",) if found is None else ("decoder.classifier.",)
     loaded = load_tensors(model, tensors, expected, path)
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    if kind == "EffiSeg":
-        read_extras(model, content, found, len(norms), path)
-    for norm, eps in zip(norms, content["layer_norm_eps"] if kind == "EffiSeg" else [HUGGING_FACE_EPS] * len(norms)):
-        norm.eps = eps
+    read_extras(model, content, found, path)
     new = "" if not expected else ", new decoder" if found is None else f", new head (the file's has {found} classes)"
-    print(f"{path}: SegFormer-{variant.upper()}, {model.num_classes} classes, {kind}, {loaded} tensors loaded{new}")
+    print(f"{path}: SegFormer-{model.variant.upper()}, {model.num_classes} classes, {kind}, {loaded} tensors, {normalisation(model)}{new}")
     return model.eval()
 
 
-def read_extras(model, content, classes, norms, path):
-    """Set what our own checkpoints carry beside the weights; CheckpointError where it does not fit the network."""
-    eps, size = content.get("layer_norm_eps"), content.get("input_size")
-    fits = isinstance(eps, list) and len(eps) == norms and all(isinstance(value, float) and value > 0 for value in eps)
+def normalisation(model):
+    """What the model does to images in [0, 1], in words."""
+    mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
+    known = {(MEAN, STD): "ImageNet mean/std", ((0, 0, 0), (1, 1, 1)): "no mean/std"}
+    fits = (words for pair, words in known.items() if all(abs(a - b) < 1e-4 for a, b in zip(mean + std, (*pair[0], *pair[1]))))
+    return next(fits, f"mean {[round(m, 3) for m in mean]}, std {[round(s, 3) for s in std]}")
+
+
+def convert(content, num_classes, path):
+    """What a file holds -> (our own checkpoint's dict, the words for its format)."""
+    ours = content.get("format") == "effiseg"
+    tensors = content.get("model") if ours else content.get("state_dict", content.get("tensors", content))
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and is_plain(t) for k, t in tensors.items()):
+        raise CheckpointError(f"{path} is not a checkpoint of a SegFormer: it holds other things than named tensors")
+    files = [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else [path]
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > max(map(os.path.getsize, files)):
+        raise CheckpointError(f"{path} is damaged: its tensors claim more bytes than the file has")
+    if ours:
+        if not isinstance(content.get("layer_norm_eps"), list):
+            raise CheckpointError(f"{path} is damaged: it has no layer_norm_eps")
+        return content, "EffiSeg"
+    layout, tensors, dropped = rename(tensors, path)
+    words, head = layout.name, "decoder.classifier."
+    outputs = tensors[f"{head}weight"].shape[:1].numel() if f"{head}weight" in tensors else 0
+    if layout.void and (outputs == 20 if num_classes is None else outputs == num_classes + 1):    # Cityscapes' 19 and void
+        tensors |= {name: tensors[name][:-1] for name in (f"{head}weight", f"{head}bias") if name in tensors}
+        words += " without its void output"
+    if dropped:
+        words += f" ({dropped} tensors of its distillation left out)"
+    if layout.plain:
+        tensors |= {"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)}
+    meta = content.get("meta")                                    # mmseg's: names and colours, where it wrote them
+    names, palette = (meta.get("CLASSES"), meta.get("PALETTE")) if isinstance(meta, dict) else (None, None)
+    fits = all(isinstance(value, (list, tuple)) and len(value) == outputs for value in (names, palette)) and all(isinstance(n, str) for n in names)
+    own = dict(model=tensors, norm="ln", layer_norm_eps=layout.eps, classes=list(names) if fits else None,
+               palette=[tuple(colour) for colour in palette] if fits else None)
+    return own | content.get("facts", {}) | {"model": tensors | content.get("buffers", {})}, words
+
+
+def is_plain(tensor):
+    """A dense tensor in memory that is what it says: strided, not quantised, not a shape without data."""
+    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized \
+        and not tensor.is_complex()
+
+
+def read_extras(model, content, classes, path):
+    """Set what a checkpoint carries beside the weights; CheckpointError where it does not fit the network."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    eps, size = content["layer_norm_eps"], content.get("input_size")
+    eps = [norm.eps if eps is None else eps for norm in norms] if not isinstance(eps, list) else eps
+    fits = len(eps) == len(norms) and all(isinstance(value, float) and value > 0 for value in eps)
     fits &= size is None or isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(n, int) and n >= SMALLEST for n in size)
     names, palette = content.get("classes"), content.get("palette")
     fits &= all(value is None or isinstance(value, list) and len(value) == classes for value in (names, palette))
     if not fits:
         raise CheckpointError(f"{path} is damaged: its layer_norm_eps, input_size, classes or palette do not fit its network")
+    for norm, value in zip(norms, eps):
+        norm.eps = value
     model.input_size, model.trained_on = size, content.get("trained_on")
     if classes == model.num_classes:
         model.classes, model.palette = names, palette
 
 
 def read_checkpoint(path):
-    """-> the dict in a .safetensors or torch file; tensors and plain values only, nothing in it is run."""
+    """-> the dict in a .safetensors or torch file, or in a Hugging Face folder; tensors and plain values only, nothing is run."""
+    if os.path.isdir(path):
+        return read_folder(path)
     try:
-        content = read_safetensors(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        if str(path).endswith(".safetensors"):
+            return {"tensors": read_safetensors(path)}
+        check_archive(path)
+        content = torch.load(path, "cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"cannot open checkpoint {path}: {error.strerror}") from None
     except Exception as error:                                    # a stranger's file can be broken in any way there is
@@ -552,42 +631,96 @@ def read_checkpoint(path):
     return content
 
 
+def check_archive(path):
+    """Refuse a torch file (a zip archive) whose records are compressed: torch writes none, and a small one could unpack to
+    more than the memory. Raises ValueError."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > os.path.getsize(path):
+            raise ValueError("its records are compressed or overlap")
+
+
+def read_folder(path):
+    """-> the weights of a Hugging Face folder and what its config.json and preprocessor_config.json say beside them."""
+    files = [name for name in ("model.safetensors", "pytorch_model.bin") if os.path.isfile(os.path.join(path, name))]
+    try:
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        preprocessor = os.path.join(path, "preprocessor_config.json")
+        with open(preprocessor if os.path.isfile(preprocessor) else os.devnull, encoding="utf-8") as file:
+            images = json.loads(file.read() or "{}")
+        labels = config.get("id2label") or {}
+        names = [str(labels[str(i)]) for i in range(len(labels))]
+        mean, std = (images.get(name, default) for name, default in (("image_mean", MEAN), ("image_std", STD)))
+        mean, std = ((0, 0, 0), (1, 1, 1)) if images.get("do_normalize") is False else (mean, std)
+        buffers = {name: torch.tensor(value, dtype=torch.float32).reshape(1, 3, 1, 1) for name, value in (("mean", mean), ("std", std))}
+    except OSError as error:
+        raise CheckpointError(f"{path} is no Hugging Face folder: cannot open {error.filename} ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        raise CheckpointError(f"{path} is no Hugging Face folder of a SegFormer: its config.json or preprocessor_config.json is damaged") from None
+    if config.get("model_type") != "segformer" or not files:
+        raise CheckpointError(f"{path}: " + (f"its config.json is of a {config.get('model_type')!r}, not of a segformer" if files
+                                             else "no model.safetensors or pytorch_model.bin in it"))
+    content = read_checkpoint(os.path.join(path, files[0]))
+    tensors = content.get("tensors", content)
+    head = tensors.get("decode_head.classifier.weight")
+    named = isinstance(head, torch.Tensor) and len(names) == head.shape[:1].numel() and names != [f"LABEL_{i}" for i in range(len(names))]
+    return dict(tensors=tensors, buffers=buffers, facts=dict(classes=names) if named else {})
+
+
 def read_safetensors(path):
-    """-> {name: tensor}. The format: 8 bytes header length, JSON header of (dtype, shape, offsets), raw tensors."""
+    """-> {name: tensor}. The format: 8 bytes header length, JSON header of (dtype, shape, offsets), raw tensors.
+
+    Read here and not with its package, which is a dependency for thirty lines: nothing is allocated before the header has
+    been held against the size of the file, and the tensors must fill the rest of it without gaps or overlaps.
+    """
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > os.path.getsize(path) - 8:
-            raise ValueError("its header is longer than the file")
+        length, rest = int.from_bytes(file.read(8), "little"), os.path.getsize(path) - 8
+        if length > min(rest, MAX_HEADER):
+            raise ValueError("its header is longer than the file, or than the format allows")
         header = json.loads(file.read(length))
         data = bytearray(file.read())
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+    header.pop("__metadata__", None)
+    tensors, filled = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not 0 <= start <= end <= len(data) or math.prod(shape) * dtype.itemsize != end - start:
+        fits = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        if not fits or start != filled or end > len(data) or math.prod(shape) * dtype.itemsize != end - start:
             raise ValueError(f"the place or size of {name} does not fit the file")
-        count = math.prod(shape)
+        count, filled = math.prod(shape), end
         tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start).reshape(shape) if count \
             else torch.empty(shape, dtype=dtype)
+    if filled != len(data):
+        raise ValueError("it holds more than its header tells")
     return tensors
 
 
 def rename(tensors, path):
-    """Their names -> ours by the first format whose first rule matches. -> (name of the format, {our name: tensor})."""
-    for kind, rules in FORMATS.items():
-        if any(re.match(rules[0][0], str(key)) for key in tensors):
-            break
-    else:
-        raise CheckpointError(f"{path} is no SegFormer in a known format ({', '.join(['EffiSeg', *FORMATS])}); it begins with "
-                              f"{', '.join(map(str, list(tensors)[:3])) or 'nothing'}")
+    """Another format's names -> ours. -> (its Format, {our name: tensor}, how many tensors beside the network were left out)."""
+    tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}            # DataParallel's
+    own = {key.removeprefix("student."): tensor for key, tensor in tensors.items() if key.startswith("student.")}
+    dropped, tensors = (len(tensors) - len(own), own) if own else (0, tensors)                    # projections, the teacher
+    layout = next((layout for layout in FORMATS if any(re.match(layout.sign, key) for key in tensors)), None)
+    if layout is None:
+        mmseg = any(re.match(r"(backbone\.)?layers\.\d\.0\.projection\.", key) for key in tensors)
+        reason = "written by mmseg 1.x, whose decoder is another network: use NVlabs' or Hugging Face's file of the same model" if mmseg \
+            else f"no SegFormer in a known format ({', '.join(['EffiSeg', *(layout.name for layout in FORMATS)])}); it begins with " \
+            f"{', '.join(list(tensors)[:3]) or 'nothing'}"
+        raise CheckpointError(f"{path} is {reason}")
     renamed = {}
     for key, tensor in tensors.items():
-        name = next((re.sub(f"^{pattern}", ours, key) for pattern, ours in rules if re.match(pattern, key)), key)
-        if not name.startswith("imagenet_head."):
-            renamed[name] = tensor
-    return kind, renamed
+        name = next((re.sub(f"^{pattern}", ours, key) for pattern, ours in layout.rules if re.match(pattern, key)), key)
+        if ".attn.kv." in name:
+            pieces = {name.replace(".kv.", ".k."): tensor[:len(tensor) // 2], name.replace(".kv.", ".v."): tensor[len(tensor) // 2:]} if tensor.ndim else {}
+        else:
+            pieces = {} if name.startswith("-") else {name: tensor}
+        doubles = [name for name in pieces if name in renamed]
+        if doubles:
+            raise CheckpointError(f"{path} holds two tensors for {doubles[0]}, the second is {key}")
+        renamed |= pieces
+    return layout, renamed, dropped
 
 
 def find_variant(tensors, path):
@@ -597,7 +730,7 @@ def find_variant(tensors, path):
     for variant, size in SIZES.items():
         if (size["dims"], size["depths"]) == (dims, depths):
             return variant
-    raise CheckpointError(f"{path} is no SegFormer B0-B5: its stage widths are {dims} and its depths {depths}")
+    raise CheckpointError(f"{path} is no SegFormer B0-B5, or not all of one: its stage widths are {dims} and its depths {depths}")
 
 
 def load_tensors(model, tensors, expected, path):

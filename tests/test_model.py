@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import struct
+import zipfile
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import transformers
 from torch import nn
 
 import model as model_file
-from model import (NORMS, SIZES, CheckpointError, Decoder, DyL, DyT, Reduce, dyt, dyt_dyl, dyt_dyl_ln, load_checkpoint,
+from model import (MEAN, NORMS, SIZES, STD, CheckpointError, Decoder, DyL, DyT, Reduce, dyt, dyt_dyl, dyt_dyl_ln, load_checkpoint,
                    save_checkpoint, segformer)
+from nvlabs import Flat, segmenter
 
 CLASSES = 19
 
@@ -55,7 +57,7 @@ def test_every_size_has_transformers_tensors(variant):
         size = SIZES[variant]
         theirs = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(
             num_labels=CLASSES, hidden_sizes=list(size["dims"]), depths=list(size["depths"]), decoder_hidden_size=size["width"]))
-    _, renamed = model_file.rename(theirs.state_dict(), "peer")
+    _, renamed, _ = model_file.rename(theirs.state_dict(), "peer")
     assert {name: t.shape for name, t in renamed.items()} == {name: t.shape for name, t in ours.items() if name not in ("mean", "std")}
 
 
@@ -99,12 +101,82 @@ def test_reads_what_transformers_writes(form, tmp_path, capsys):
         with pytest.raises(CheckpointError, match="encoder without a decoder"):
             load_checkpoint(path)
     ours = load_checkpoint(path, CLASSES if bare else None)
-    loaded = "192/207 tensors loaded, new decoder" if bare else "207/207 tensors loaded"
-    assert re.search(rf"SegFormer-B0, 19 classes, Hugging Face[ 5]*, {loaded}\n", capsys.readouterr().out)
+    loaded = "192/207 tensors, ImageNet mean/std, new decoder" if bare else "207/207 tensors, ImageNet mean/std"
+    assert re.search(rf"SegFormer-B0, 19 classes, (Hugging Face|transformers 5), {loaded}\n", capsys.readouterr().out)
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         expected = theirs((images - ours.mean) / ours.std, output_hidden_states=True).hidden_states[-1]
         assert close(ours.features(images).stages[-1], expected)
+
+
+def nvlabs_file(form, path):
+    """Write random weights in one of the formats with NVlabs' names. -> (the network that wrote it, its input's mean and std)"""
+    torch.manual_seed(0)
+    theirs = randomise(Flat("b1" if form == "encoder" else "b0", {"segmenter": 19, "encoder": None}.get(form, 20))).eval()
+    tensors = theirs.state_dict()
+    content = {"segmenter": lambda: segmenter(tensors), "teacher": lambda: {f"module.{key}": t for key, t in tensors.items()},
+               "encoder": lambda: tensors | {"head.weight": torch.zeros(1000, 512), "head.bias": torch.zeros(1000)},
+               "norm": lambda: {key.replace("fuse.bn", "fuse.norm"): t for key, t in tensors.items()},
+               "student": lambda: {"state_dict": {f"student.{key}": t for key, t in tensors.items()}
+                                   | {f"embed{i}_linearproject.weight": torch.zeros(2, 2) for i in range(1, 5)}}}[form]()
+    torch.save(content, path, _use_new_zipfile_serialization=form != "encoder")     # the oldest files are not archives yet
+    return theirs, (MEAN, STD) if form in ("segmenter", "encoder") else ((0, 0, 0), (1, 1, 1))
+
+
+@pytest.mark.parametrize("form,said", [
+    ("segmenter", "SegFormer-B0, 19 classes, NVlabs segmenter, 207/207 tensors, ImageNet mean/std"),
+    ("encoder", "SegFormer-B1, 5 classes, NVlabs encoder, 192/207 tensors, ImageNet mean/std, new decoder"),
+    ("teacher", "SegFormer-B0, 19 classes, TransKD/EffiSeg without its void output, 207/207 tensors, no mean/std"),
+    ("norm", "SegFormer-B0, 19 classes, TransKD/EffiSeg without its void output, 207/207 tensors, no mean/std"),
+    ("student", "without its void output (4 tensors of its distillation left out), 207/207 tensors, no mean/std")])
+def test_reads_the_files_with_nvlabs_names(form, said, tmp_path, capsys):
+    theirs, (mean, std) = nvlabs_file(form, tmp_path / "x.pth")
+    ours = load_checkpoint(tmp_path / "x.pth", 5 if form == "encoder" else None)
+    assert said in capsys.readouterr().out
+    images = torch.rand(2, 3, 75, 130)
+    normalised = (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    with torch.no_grad():
+        features = ours.features(images)
+        assert all(close(a, b) for a, b in zip(features.stages, theirs.stages(normalised), strict=True))
+        if form != "encoder":
+            assert close(features.logits, theirs(normalised)[:, :19])
+            assert close(ours.fold()(images), features.logits)
+    assert ours.classes == (list("abcdefghijklmnopqrs") if form == "segmenter" else None)
+
+
+def test_a_head_without_void_is_kept_whole(tmp_path):
+    torch.manual_seed(0)
+    torch.save(Flat("b0", 11).state_dict(), tmp_path / "x.pth")
+    assert load_checkpoint(tmp_path / "x.pth").num_classes == 11
+    assert load_checkpoint(tmp_path / "x.pth", 10).decoder.classifier.weight.shape[0] == 10       # the 11th is void
+
+
+def test_a_hugging_face_folder_tells_names_and_normalisation(tmp_path, capsys):
+    theirs = peer("b0")
+    theirs.config.id2label = {i: f"class {i}" for i in range(CLASSES)}
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1]}))
+    ours, images = load_checkpoint(tmp_path), torch.rand(1, 3, 64, 64)
+    assert "Hugging Face, 207/207 tensors, mean [0.5, 0.4, 0.3], std [0.2, 0.2, 0.1]" in capsys.readouterr().out
+    assert ours.classes == [f"class {i}" for i in range(CLASSES)]
+    with torch.no_grad():
+        assert close(ours(images), theirs((images - torch.tensor([.5, .4, .3]).view(3, 1, 1)) / torch.tensor([.2, .2, .1]).view(3, 1, 1)).logits)
+
+
+def test_another_decoder_width_is_found_and_kept(tmp_path):
+    network = segformer("b0", 3, width=64)
+    save_checkpoint(network, tmp_path / "x.pth")
+    assert load_checkpoint(tmp_path / "x.pth").decoder.fuse.weight.shape == (64, 256, 1, 1)
+
+
+@pytest.mark.parametrize("folder,message", [({}, "cannot open"), ({"config.json": "{"}, "damaged"), ({"config.json": "[]"}, "damaged"),
+                                            ({"config.json": '{"model_type": "bert"}', "pytorch_model.bin": ""}, "of a 'bert'"),
+                                            ({"config.json": '{"model_type": "segformer"}'}, "no model.safetensors")])
+def test_a_folder_that_is_none_is_a_sentence(folder, message, tmp_path):
+    for name, text in folder.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path)
 
 
 def test_safetensors_are_read_as_the_package_reads_them(tmp_path):
@@ -240,7 +312,7 @@ def test_a_head_for_other_classes_is_new_and_said(tmp_path, capsys):
     save_checkpoint(network, tmp_path / "x.pth")
     again = load_checkpoint(tmp_path / "x.pth", num_classes=7)
     assert again.num_classes == 7 and torch.equal(again.decoder.fuse.weight, network.decoder.fuse.weight)
-    assert "205/207 tensors loaded, new head (the file's has 3 classes)" in capsys.readouterr().out
+    assert "205/207 tensors, ImageNet mean/std, new head (the file's has 3 classes)" in capsys.readouterr().out
 
 
 class Code:
@@ -286,6 +358,27 @@ def write_bad(path, what):
     elif what in ("no head", "flat head"):
         content["model"]["decoder.classifier.weight"] = torch.zeros(0, 256, 1, 1) if what == "no head" else torch.tensor(1.0)
         torch.save(content, path)
+    elif what == "mmseg":
+        torch.save({"state_dict": {"backbone.layers.0.0.projection.weight": torch.zeros(32, 3, 7, 7)}}, path)
+    elif what == "bomb":
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(path.with_name("packed.pth"), "w", zipfile.ZIP_DEFLATED) as packed:
+            for entry in archive.infolist():
+                packed.writestr(entry, archive.read(entry), zipfile.ZIP_DEFLATED)
+        path.with_name("packed.pth").replace(path)
+    elif what == "expanded":
+        torch.save({name: torch.zeros(1).expand(tensor.shape) if tensor.ndim else tensor for name, tensor in
+                    Flat("b0", 3).state_dict().items()}, path)
+    elif what == "sparse":
+        content["model"]["decoder.fuse.weight"] = torch.zeros(256, 1024).to_sparse()
+        torch.save(content, path)
+    elif what == "double":
+        tensors = Flat("b0", 3).state_dict()
+        torch.save(tensors | {"linear_fuse.norm.weight": tensors["linear_fuse.bn.weight"].clone()}, path)
+    elif what == "half a file":
+        tensors = segmenter(Flat("b0", 3).state_dict())["state_dict"]
+        torch.save({"state_dict": dict(list(tensors.items())[:len(tensors) // 2])}, path)
+    elif what == "half a decoder":
+        torch.save({name: t for name, t in Flat("b0", 3).state_dict().items() if not name.startswith("linear_pred")}, path)
     elif what == "other network":
         torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, path)
 
@@ -293,7 +386,9 @@ def write_bad(path, what):
 BAD = {"code": "nothing in it was run", "code inside": "not run", "truncated": "it is damaged", "text": "it is damaged", "list": "list",
        "empty": "it is damaged", "norm": "norm", "eps": "is damaged", "eps count": "is damaged", "size": "is damaged", "classes": "is damaged",
        "key": "named tensors", "no head": "without classes", "flat head": "without classes", "missing": "lacks 1 tensors, first stages.1.norm.bias", "unknown": "unknown 1 tensors, first extra.weight",
-       "shape": "wrong shapes for 1 tensors, first decoder.fuse.weight", "other network": "no SegFormer in a known format"}
+       "shape": "wrong shapes for 1 tensors, first decoder.fuse.weight", "other network": "no SegFormer in a known format", "mmseg": "written by mmseg 1.x",
+       "bomb": "it is damaged", "expanded": "more bytes than the file", "sparse": "named tensors", "double": "two tensors for decoder.norm.weight",
+       "half a file": "no SegFormer B0-B5, or not all of one", "half a decoder": "no classifier"}
 
 
 @pytest.mark.parametrize("what", BAD)
