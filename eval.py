@@ -169,12 +169,18 @@ def keep_freed_memory():
         mallopt(-1, -1)                                           # M_TRIM_THRESHOLD: never give the top of the heap back
 
 
+def other_classes(names, others):
+    """-> the pairs of names that stand at one place and differ in more than case."""
+    return [(a, b) for a, b in zip(names, others) if a.lower() != b.lower()]
+
+
 def check_classes(model, path, dataset):
     """Refuse a model whose classes are not the data's: its scores would be nonsense, or its lessons as a teacher."""
     if model.num_classes != len(dataset.classes):
         raise UsageError(f"{path} has {model.num_classes} classes, the data ({dataset.name}) has {len(dataset.classes)}")
-    if model.classes and list(model.classes) != dataset.classes:
-        first = next((a, b) for a, b in zip(model.classes, dataset.classes) if a != b)
+    differ = other_classes(model.classes or (), dataset.classes)
+    if differ:
+        first = differ[0]
         raise UsageError(f"{path} was trained on other classes than {dataset.name}'s: its {first[0]!r} stands where the data has {first[1]!r}")
 
 

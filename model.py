@@ -572,7 +572,7 @@ def convert(content, num_classes, path):
     layout, tensors, dropped = rename(tensors, path)
     words, head = layout.name, "decoder.classifier."
     outputs = tensors[f"{head}weight"].shape[:1].numel() if f"{head}weight" in tensors else 0
-    if layout.void and (outputs == 20 if num_classes is None else outputs == num_classes + 1):    # Cityscapes' 19 and void
+    if layout.void and outputs == (20 if num_classes is None else num_classes + 1):               # Cityscapes' 19 and void
         tensors |= {name: tensors[name][:-1] for name in (f"{head}weight", f"{head}bias") if name in tensors}
         words += " without its void output"
     if dropped:

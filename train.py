@@ -4,6 +4,7 @@
     python train.py --student b0 --teacher b2.pth --lambda-fd 1 --lambda-pe 1               # 2. distil it (CSKD + PEKD)
     python train.py --student b0 --loss dice-focal                                          # EffiSeg's refined loss
     python train.py --student b0 --norm dyt-dyl                                             # EffiSeg's norms
+    python train.py --student b0 --init mit_b0.pth                                          # from an ImageNet encoder
     python train.py --student b0 --teacher b2.pth --data camvid:DIR --lambda-kl 1 --temperature 4 --lambda-fd 0 --lambda-pe 0
     torchrun --nproc-per-node 2 train.py ...                                                # several GPUs or processes
     python train.py --resume                                                                # go on where it stopped
@@ -41,12 +42,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import CITYSCAPES, IGNORE, Augment, Stream, open_dataset, pixel_counts
 from eval import (MISTAKES, NotFinite, UsageError, check_classes, draw_comparison, evaluate, keep_freed_memory, make_folder,
-                  pick_device, scores, show_progress, table, warn_of_leak)
+                  other_classes, pick_device, scores, show_progress, table, warn_of_leak)
 from losses import (Projections, class_weights, cskd, dice_loss, focal_loss, kl_distillation, pekd, weighted_cross_entropy)
 from model import NORMS, SIZES, SMALLEST, Features, load_checkpoint, read_checkpoint, save_checkpoint, segformer
 
 # The paper's defaults (section 4.3; clipping at 1 and no weight decay are its trainer's), then what suits each data set.
-PAPER = dict(student="b0", teacher=None, data="toy", epochs=200, batch_size=2, accum=1, crop=[512, 1024], scale_range=[0.5, 2.0],
+PAPER = dict(student="b0", init=None, teacher=None, data="toy", epochs=200, batch_size=2, accum=1, crop=[512, 1024], scale_range=[0.5, 2.0],
              augment="segformer", lr=6e-4, weight_decay=0.0, warmup=0.05, grad_clip=1.0, norm="ln", loss="wce", lambda_dice=0.5,
              temperature=1.0, lambda_m=1.0, lambda_s=0.5, fold=None, folds=2, fold_by=None, amp="auto", seed=0,
              device="auto")
@@ -290,7 +291,7 @@ def train(args):
         raise UsageError(f"{folder} was trained with {saved['training']['total_batch']} images a step, this would be {total_batch}")
 
     pixel_counts(val_set)                                         # a wrong validation label is said now, not after an hour
-    student, teacher, objective = make_networks(args, train_set, device)
+    student, teacher, objective = make_networks(args, train_set, device, folder / "last.pth" if saved else None)
     optimizer = make_optimizer(objective, args, device)
     check_owned(objective, optimizer)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.amp)
@@ -299,7 +300,7 @@ def train(args):
     def cast():
         return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
 
-    record = restore(saved, student, objective, optimizer, scaler)
+    record = restore(saved, objective, optimizer, scaler)
     start, saved = record["step"], None                           # the file's tensors need not stay in memory
     folder = folder or choose_folder(args) if rank() == 0 else folder
     announce(args, folder, device, student, train_set, val_set, objective, total_batch, start)
@@ -354,10 +355,27 @@ def train(args):
         dist.destroy_process_group()
 
 
-def make_networks(args, train_set, device):
-    """-> (student, teacher or None, objective) on `device`. The same seed gives the same student, with a teacher or without."""
+def make_student(args, classes, resumed):
+    """Fresh weights, or those of --init, or of the run that is resumed; the seed decides what is new, teacher or not."""
     torch.manual_seed(args.seed)
-    student = segformer(args.student, len(train_set.classes), NORMS[args.norm])
+    path = resumed or args.init
+    if not path:
+        return segformer(args.student, len(classes), NORMS[args.norm])
+    student = load_checkpoint(path, len(classes))
+    if student.variant != args.student:
+        raise UsageError(f"{path} is a SegFormer-{student.variant.upper()}: it cannot start a --student {args.student}")
+    if student.norm_fn is not NORMS[args.norm]:
+        found = next(name for name, norm_fn in NORMS.items() if norm_fn is student.norm_fn)
+        raise UsageError(f"{path} has the norms {found!r}: its weights mean nothing to a student with --norm {args.norm}")
+    if student.classes and other_classes(student.classes, classes):
+        student.decoder.classifier.reset_parameters()
+        print(f"{path}: its classes have other names than the data's, so the head is new")
+    return student
+
+
+def make_networks(args, train_set, device, resumed):
+    """-> (student, teacher or None, objective) on `device`; `resumed`: the last.pth that the run goes on with, or None."""
+    student = make_student(args, train_set.classes, resumed)
     student.classes, student.palette = train_set.classes, train_set.palette
     student.input_size = args.crop if args.augment == "plain" else train_set.size
     student.trained_on = {name: getattr(args, name) for name in ("data", "fold", "folds", "fold_by")}
@@ -375,12 +393,11 @@ def make_networks(args, train_set, device):
     return student, teacher, objective
 
 
-def restore(saved, student, objective, optimizer, scaler):
-    """Put the state of a last.pth (or None: a new run) in place. -> {"step", "best_scores", "teacher_scores"}"""
+def restore(saved, objective, optimizer, scaler):
+    """Put the state of a last.pth (or None: a new run) beside the student's. -> {"step", "best_scores", "teacher_scores"}"""
     if not saved:
         return dict(step=0, best_scores=None, teacher_scores=None)
     state = saved["training"]
-    student.load_state_dict(saved["model"])
     if objective.projections is not None:
         objective.projections.load_state_dict(state["projections"])
     optimizer.load_state_dict(state["optimizer"])
@@ -447,7 +464,7 @@ def announce(args, folder, device, student, train_set, val_set, objective, total
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
     print(f"{train_set.name}: {len(train_set)} train, {len(val_set)} val frames, {len(train_set.classes)} classes; "
           f"crops {args.crop[0]}x{args.crop[1]}, {args.augment} augmentation")
-    print(f"student SegFormer-{args.student.upper()}, norm {args.norm}, {recipe['parameters']:,} parameters, on {device}, amp {args.amp}")
+    print(f"student SegFormer-{args.student.upper()} {f'from {args.init}' if args.init else 'from scratch'}, norm {args.norm}, {recipe['parameters']:,} parameters, on {device}, amp {args.amp}")
     print("loss = " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()) + f"; AdamW, lr {args.lr:g} with "
           f"{100 * args.warmup:g} % warm-up, decay {args.weight_decay:g}, clip {args.grad_clip:g}")
     print(f"{args.iters} steps of {total_batch} images = {args.batch_size} x {args.accum} accumulated x {world_size()} processes, "
@@ -525,7 +542,9 @@ def build_parser():
                                      epilog="Defaults are the paper's, or what suits the data: see PAPER and SUITS in train.py.")
     add, positive, weight = parser.add_argument, number(int, 1), number(float, 0.0)
     add("--student", choices=SIZES, help="the network to train (default b0)")
-    add("--teacher", metavar="FILE", help="checkpoint of the teacher to distil")
+    add("--init", metavar="FILE", help="start the student from these weights: an ImageNet encoder, or a segmenter, whose head is new if the "
+        "classes differ (default: from scratch)")
+    add("--teacher", metavar="FILE", help="checkpoint of the teacher to distil; like --init ours, Hugging Face's, NVlabs' or TransKD's")
     add("--data", help="toy, camvid:DIR, cityscapes:DIR or folder:DIR (default toy)")
     add("--out", metavar="DIR", help="the run's folder (default runs/DATA-STUDENT, numbered)")
     add("--iters", type=positive, help="optimizer steps (default: --epochs; CamVid 40,000, toy 300)")

@@ -18,6 +18,7 @@ import train
 from conftest import CAMVID, ROOT, command, write_folder
 from losses import IGNORE, Projections, weighted_cross_entropy
 from model import SIZES, load_checkpoint, save_checkpoint, segformer
+from nvlabs import Flat
 
 SMALL = ("--crop", 32, 32, "--batch-size", 2, "--workers", 0, "--amp", "off", "--device", "cpu")
 
@@ -139,6 +140,38 @@ def test_distillation_logs_every_term_and_shows_teacher_and_student(tmp_path, fo
     state = torch.load(out / "last.pth", weights_only=True)["training"]
     student = sum(1 for _ in segformer("b0", 3).parameters())
     assert len(state["projections"]) == 16 and len(state["optimizer"]["state"]) == student + 16        # trained, all of them
+
+
+@pytest.mark.parametrize("what", ["encoder", "segmenter", "other names", "resumed"])
+def test_init_starts_from_the_files_weights(what, tmp_path, folder):
+    torch.manual_seed(3)
+    flat, path, out = Flat("b0", None if what == "encoder" else 3), tmp_path / "start.pth", tmp_path / "run"
+    torch.save(flat.state_dict(), path)
+    if what == "other names":
+        network = load_checkpoint(path)
+        network.classes = ["x", "y", "z"]
+        save_checkpoint(network, path)
+    flags = ("--init", path, "--data", folder, "--lr", 1e-12, "--eval-every", 1, "--out", out, *SMALL)       # nothing moves but rounding
+    output = command("train.py", *flags, "--iters", 1)
+    assert f"student SegFormer-B0 from {path}" in output
+    if what == "resumed":
+        path.unlink()                                             # its work was done at the start
+        command("train.py", "--resume", "--out", out, "--iters", 2)
+    trained = torch.load(out / "last.pth", weights_only=True)["model"]
+    assert torch.allclose(trained["stages.2.blocks.1.mlp.fc1.weight"], flat.state_dict()["block3.1.mlp.fc1.weight"], atol=1e-8)
+    new = {"encoder": "new decoder", "other names": "so the head is new"}.get(what)
+    assert new is None or new in output
+    if what != "encoder":
+        same = torch.allclose(trained["decoder.classifier.weight"], flat.state_dict()["linear_pred.weight"], atol=1e-8)
+        assert same != (what == "other names") and torch.equal(trained["mean"], torch.zeros(1, 3, 1, 1))
+
+
+def test_any_format_teaches(tmp_path):
+    torch.manual_seed(3)
+    torch.save({f"module.{key}": t for key, t in Flat("b1", 20).state_dict().items()}, tmp_path / "theirs.pth")
+    data = write_folder(tmp_path / "set", size=(40, 57), classes=19)
+    output = command("train.py", "--teacher", tmp_path / "theirs.pth", "--data", data, "--iters", 1, "--out", tmp_path / "kd", *SMALL)
+    assert "theirs.pth: SegFormer-B1, 19 classes, TransKD/EffiSeg without its void output" in output and "no mean/std" in output
 
 
 @pytest.mark.parametrize("flags, terms", [(("--lambda-fd", 0), ["wce", "pe"]), (("--lambda-pe", 0, "--loss", "dice-focal"), ["dice", "focal", "fd"]),
@@ -299,6 +332,8 @@ def test_broken_data_in_a_worker_is_a_sentence_and_leaves_the_checkpoint(tmp_pat
     (["--crop", "16", "64"], "16 is not at least 32"), (["--student", "b9"], "invalid choice"), (["--lambda-fd", "1"], "--lambda-fd needs a --teacher"),
     (["--lr", "-1"], "-1 is not above 0"), (["--lr", "nan"], "nan is not"), (["--warmup", "2"], "at most 1"), (["--frobnicate"], "unrecognized"),
     (["--scale-range", "2", "1"], "LO is larger"), (["--iters", "5", "--epochs", "2"], "give one"), (["--data", "camvid:/nowhere"], "no such folder"),
+    (["--init", "{teacher}"], "is a SegFormer-B1: it cannot start a --student b0"),
+    (["--init", "{teacher}", "--student", "b1", "--norm", "dyt"], "has the norms 'ln'"), (["--init", "/no/b0.pth"], "cannot open"),
     (["--teacher", "/no/b2.pth"], "cannot open checkpoint /no/b2.pth"), (["--teacher", "{teacher}"], "b1.pth has 3 classes, the data (toy) has 8"),
     (["--teacher", "{text}", "--data", "{folder}"], "classes.txt is not a checkpoint"), (["--device", "cuda:77"], "not to be had here"),
     (["--data", "{folder}", "--fold", "9"], "fold 9 of 2 does not exist"), (["--batch-size", "0"], "0 is not at least 1"), (["--amp", "maybe"], "invalid choice"),
