@@ -7,6 +7,8 @@
 
 Layouts, all images .png or .jpg:
     camvid:DIR      train/ trainannot/ val/ valannot/ test/ testannot/           the SegNet layout, 11 classes, 11 = void
+                    train/ train_labels/ val/ val_labels/ test/ test_labels/     Kaggle's: *_L.png in 32 colours, mapped to the 11
+                    701_StillsRaw_full/ LabeledApproved_full/                    the original: the same, split as SegNet's
     cityscapes:DIR  leftImg8bit/SPLIT/CITY/*_leftImg8bit.png, gtFine/SPLIT/CITY/*_gtFine_labelIds.png (raw ids, mapped
                     to the 19 classes here) or *_labelTrainIds.png where present
     folder:DIR      images/ labels/ (8-bit ids 0..C-1, 255 = void, same stems) classes.txt (a line a class: name [R G B])
@@ -46,6 +48,15 @@ TOY = {"sky": (70, 130, 180), "building": (70, 70, 70), "road": (128, 64, 128), 
 CAMVID = {"Sky": (128, 128, 128), "Building": (128, 0, 0), "Pole": (192, 192, 128), "Road": (128, 64, 128),
           "Pavement": (60, 40, 222), "Tree": (128, 128, 0), "SignSymbol": (192, 128, 128), "Fence": (64, 64, 128),
           "Car": (64, 0, 128), "Pedestrian": (64, 64, 0), "Bicyclist": (0, 128, 192)}
+CAMVID_COLOURS = {                                                # the 32 colours of the original labels, as the 11 classes group them
+    "Sky": [(128, 128, 128)], "Building": [(128, 0, 0), (192, 0, 128), (0, 128, 64), (64, 0, 64), (64, 192, 0)],        # archway bridge tunnel wall
+    "Pole": [(192, 192, 128), (0, 0, 64)],                        # traffic cone
+    "Road": [(128, 64, 128), (128, 0, 192), (192, 0, 64)],        # lane marks, driving or not
+    "Pavement": [(0, 0, 192), (64, 192, 128), (128, 128, 192)],   # parking block, road shoulder
+    "Tree": [(128, 128, 0), (192, 192, 0)], "SignSymbol": [(192, 128, 128), (128, 128, 64), (0, 64, 64)],               # vegetation; text, light
+    "Fence": [(64, 64, 128)], "Car": [(64, 0, 128), (64, 128, 192), (192, 128, 192), (192, 64, 128), (128, 64, 64)],    # pick-up truck train other
+    "Pedestrian": [(64, 64, 0), (192, 128, 64), (64, 0, 192), (64, 128, 64)],       # child, cart or pram, animal
+    "Bicyclist": [(0, 128, 192), (192, 0, 192)], "Void": [(0, 0, 0)]}               # motorcycle
 CITYSCAPES = {                                                    # name: (raw labelId, colour, the paper's Table 1 weight)
     "road": (7, (128, 64, 128), 2.5959737), "sidewalk": (8, (244, 35, 232), 6.741505),
     "building": (11, (70, 70, 70), 3.5353868), "wall": (12, (102, 102, 156), 9.866315),
@@ -66,10 +77,13 @@ class DatasetError(ValueError):
 # ---------------------------------------------------------------- files
 
 def read_picture(path, mode=None, upright=False):
-    """-> uint8 array of an image file: RGB (H, W, 3), or with mode="ids" the 8-bit ids (H, W). upright: as the camera was
+    """-> uint8 array of an image file: RGB (H, W, 3), or with mode="ids" the 8-bit ids (H, W), or with mode="ids or colours"
+    whichever of the two a label is. upright: as the camera was
     held (EXIF), for photos; the frames of a data set stay as their labels are. Raises DatasetError."""
     try:
         with Image.open(path) as picture:
+            if mode == "ids or colours":
+                mode = None if picture.mode in ("RGB", "RGBA") else "ids"
             if mode == "ids" and picture.mode not in ("L", "P"):
                 raise DatasetError(f"{path}: a label must be an 8-bit image of class ids, this one is {picture.mode}")
             if mode == "ids" and picture.format == "JPEG":
@@ -154,13 +168,29 @@ class Files(Dataset):
 
     def read_label(self, i):
         path = self.paths[i][1]
-        raw = read_picture(path, "ids")
+        raw = read_picture(path, "ids or colours" if self.classes == list(CAMVID) else "ids")
+        if raw.ndim == 3:
+            return camvid_ids(raw, path)
         lookup = self.lookup if not path.stem.endswith("_labelTrainIds") else identity(len(self.classes))
         label = lookup[raw]
         if (label == INVALID).any():
             raise DatasetError(f"{path}: label id {raw[label == INVALID][0]} is not one of {self.name}'s "
                                f"(0-{len(self.classes) - 1}, or void)")
         return label
+
+
+def camvid_ids(colours, path):
+    """A label in CamVid's 32 colours (H, W, 3) -> classes and IGNORE (H, W). Their channels are all 0, 64, 128 or 192."""
+    def place(colour):
+        return colour[..., 0] // 64 * 16 + colour[..., 1] // 64 * 4 + colour[..., 2] // 64          # 0..63
+    table = np.full(64, INVALID, np.uint8)
+    for i, group in enumerate(CAMVID_COLOURS.values()):
+        table[[place(np.array(colour)) for colour in group]] = IGNORE if i == len(CAMVID) else i
+    ids = table[place(colours)]
+    ids[(colours % 64 != 0).any(2)] = INVALID
+    if (ids == INVALID).any():
+        raise DatasetError(f"{path}: colour {tuple(colours[ids == INVALID][0].tolist())} is none of CamVid's 32")
+    return ids
 
 
 def identity(classes):
@@ -273,8 +303,23 @@ def colours(count):
 
 
 def camvid_pairs(root, split):
+    """{stem: (image, label)} of CamVid as SegNet, as Kaggle or as Cambridge give it away."""
+    cut = lambda labels: {stem.removesuffix("_L"): path for stem, path in labels.items()}
+    if (root / "LabeledApproved_full").is_dir():
+        images, labels = list_images(root / "701_StillsRaw_full", "CamVid's frames"), list_images(root / "LabeledApproved_full", "CamVid's labels")
+        return {stem: paths for stem, paths in pair(images, cut(labels)).items() if camvid_split(stem) == split}
+    if (root / f"{split}_labels").is_dir():
+        return pair(list_images(root / split, "CamVid's images"), cut(list_images(root / f"{split}_labels", "CamVid's labels, Kaggle's layout")))
     return pair(list_images(root / split, "CamVid's images, the SegNet layout"),
-                list_images(root / f"{split}annot", "CamVid's labels, the SegNet layout"))
+                list_images(root / f"{split}annot", "CamVid's labels: trainannot/ as SegNet's, train_labels/ as Kaggle's or LabeledApproved_full/"))
+
+
+def camvid_split(stem):
+    """SegNet's split of the 701 frames, by drive and frame number: 367 train, 101 val, 233 test."""
+    drive, _, frame = stem.partition("_")
+    if drive == "Seq05VD" or drive == "0001TP" and frame >= "008550":
+        return "test"
+    return "val" if drive == "0016E5" and "07959" <= frame <= "08159" else "train"
 
 
 def cityscapes_pairs(root, split):
@@ -615,7 +660,7 @@ def main():
                 datasets.append((split, open_dataset(args.spec, split, args.fold, args.folds, fold_by=args.fold_by)))
             except DatasetError as error:
                 root = Path(args.spec.partition(":")[2])
-                parts = (split, f"{split}annot", f"{split}.txt", f"leftImg8bit/{split}", f"gtFine/{split}")
+                parts = (split, f"{split}annot", f"{split}_labels", f"{split}.txt", f"leftImg8bit/{split}", f"gtFine/{split}")
                 if split == "train" or args.split or any((root / part).exists() for part in parts):
                     problems.append(str(error))
                 else:                                             # val and test need not be there

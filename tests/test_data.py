@@ -357,3 +357,29 @@ def test_files_made_to_be_copied_import_alone(name, tmp_path):
     shutil.copy(data.__file__.replace("data.py", f"{name}.py"), tmp_path)
     command("-c", f"import {name}", cwd=tmp_path, env={"PYTHONPATH": ""})
     assert sys.version_info >= (3, 11)
+
+
+@pytest.mark.parametrize("layout", ["kaggle", "original"])
+def test_camvid_in_colours_is_read_as_the_eleven_classes(layout, tmp_path):
+    colours = [(colour, IGNORE if name == "Void" else list(data.CAMVID).index(name)) for name, group in data.CAMVID_COLOURS.items() for colour in group]
+    assert len(colours) == len(dict(colours)) == 32
+    picture, truth = np.array([[c for c, _ in colours]] * 40, np.uint8), [i for _, i in colours]
+    stems = {"train": "0001TP_006690", "val": "0016E5_07959", "test": "Seq05VD_f00000"}
+    for split, stem in stems.items():
+        images, labels = (f"{split}", f"{split}_labels") if layout == "kaggle" else ("701_StillsRaw_full", "LabeledApproved_full")
+        for name, path in ((images, f"{stem}.png"), (labels, f"{stem}_L.png")):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / name / path)
+    for split, stem in stems.items():
+        dataset = open_dataset(f"camvid:{tmp_path}", split)
+        assert dataset.stems == [stem] and dataset[0][1].tolist() == [truth] * 40
+    picture[3, 3] = 64, 64, 64
+    Image.fromarray(picture).save(tmp_path / labels / path)
+    with pytest.raises(DatasetError, match=r"colour \(64, 64, 64\) is none of CamVid's 32"):
+        dataset[0]
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason="no CamVid here")
+def test_camvids_split_by_name_is_the_official_one():
+    for split in data.SPLITS:
+        assert {data.camvid_split(stem) for stem in open_dataset(f"camvid:{CAMVID}", split).stems} == {split}
