@@ -3,6 +3,9 @@
     python eval.py runs/teacher/best.pth runs/student/best.pth --data camvid:DIR --split test
     python eval.py student.pth --data toy --json scores.json --overlay pictures/
     python eval.py student.pth --images photos/ --out segmented/           # your own photos: id maps and overlays
+    python eval.py student.pth --images huge.jpg --out segmented/ --window 1024 1024
+    python eval.py student.pth --export student.onnx                       # for your device (see export.py); --half small.pth
+    python eval.py runs/a/best.pth runs/b/best.pth --plot figures/         # the paper's figures 4-6 (see plot.py)
 
 The scores come from one confusion matrix over all labelled pixels of the split, at the labels' own resolution: the logits
 are resized to it (bilinear), then comes the argmax. --quarter scores as the EffiSeg paper's code does, at the logits' size
@@ -13,6 +16,7 @@ References
 """
 
 import argparse
+import collections
 import ctypes
 import json
 import math
@@ -24,9 +28,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (IGNORE, IMAGE_SUFFIXES, SPLITS, DatasetError, colours, grid, legend, open_dataset, overlay,
+from data import (CITYSCAPES, IGNORE, SPLITS, DatasetError, colours, grid, legend, open_dataset, overlay, read_lines,
                   read_picture)
-from model import SMALLEST, CheckpointError, load_checkpoint
+from model import SMALLEST, CheckpointError, load_checkpoint, save_checkpoint
+
+PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class UsageError(ValueError):
@@ -69,33 +75,70 @@ def predict(model, image, size=None):
     if min(image.shape[1:]) < SMALLEST:
         raise UsageError(f"a frame of {image.shape[2]}x{image.shape[1]} pixels: the network needs {SMALLEST}x{SMALLEST} at least")
     with torch.inference_mode():
-        return model(image[None].to(next(model.parameters()).device).float() / 255)
+        logits = model(image[None].to(next(model.parameters()).device).float() / 255).float()
+    if not logits.isfinite().all():                               # the argmax of NaN is class 0, which would pass for an answer
+        raise NotFinite("the network's output is not finite: its weights are broken")
+    return logits
 
 
-def class_map(logits, size):
-    """Logits (1, C, h, w) -> the most likely class at `size` (H, W), int64 (H, W): resized first, argmax second."""
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)[0]
+def class_scores(model, image, size=None, scales=(1.0,), flip=False):
+    """uint8 image (3, H, W) -> (1, C, H, W): its logits, or with more views of it the mean of their softmax.
+
+    size: (H, W) that the image is resized to for the network, None for its own; scales: factors on that; flip: mirrored too.
+    """
+    H, W = image.shape[1:]
+    views = [(scale, mirrored) for scale in scales for mirrored in (False, True)[:1 + flip]]
+    total = 0
+    for scale, mirrored in views:
+        scaled = size if scale == 1 else [max(SMALLEST, round(n * scale)) for n in size or (H, W)]
+        logits = predict(model, image.flip(2) if mirrored else image, scaled)                       # (1, C, h/4, w/4)
+        logits = F.interpolate(logits, size=(H, W), mode="bilinear", align_corners=False)           # (1, C, H, W)
+        logits = logits.flip(3) if mirrored else logits
+        total = total + (logits.softmax(1) / len(views) if len(views) > 1 else logits)
+    return total
 
 
-def evaluate(model, dataset, size=None, quarter=False, progress=None):
+def segment(model, image, size=None, window=None, stride=None, **views):
+    """uint8 image (3, H, W) -> its classes (H, W). `views`: scales and flip, as class_scores has them.
+
+    window (h, w): the network sees windows of the image at its own size, `stride` (dy, dx) apart (default: three quarters of
+    the window), and scores are added where they overlap. Only one row of windows is in memory at a time.
+    """
+    if window is None:
+        return class_scores(model, image, size, **views).argmax(1)[0].cpu()
+    H, W = image.shape[1:]
+    h, w = min(window[0], H), min(window[1], W)
+    dy, dx = stride or (max(1, 3 * h // 4), max(1, 3 * w // 4))
+    tops, lefts = ([*range(0, whole - part, step), whole - part] for whole, part, step in ((H, h, dy), (W, w, dx)))
+    classes, band = torch.empty(H, W, dtype=torch.uint8), torch.zeros(model.num_classes, h, W)
+    for top, following in zip(tops, [*tops[1:], H]):
+        for left in lefts:
+            band[:, :, left:left + w] += class_scores(model, image[:, top:top + h, left:left + w], None, **views)[0].cpu()
+        done = following - top                                    # no later window reaches these rows
+        classes[top:following] = band[:, :done].argmax(0)
+        band = torch.cat([band[:, done:], torch.zeros(model.num_classes, done, W)], 1)
+    return classes
+
+
+def evaluate(model, dataset, size=None, quarter=False, progress=None, **how):
     """Confusion matrix (C, C) int64 of `model` over `dataset`; the model is put in eval mode and left as it was.
 
     size: (H, W) that images are resized to for the network, None for their own. quarter: score at the logits' size, against
-    labels shrunk to it (nearest). progress(done, all) is called after each frame. Raises NotFinite for NaN logits: their
-    argmax is class 0, which would pass for an answer.
+    labels shrunk to it (nearest). progress(done, all) is called after each frame. how: window, stride, scales, flip of
+    `segment`. Raises NotFinite for NaN logits.
     """
     was_training = model.training
     model.eval()
     confusion = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64)
     for i in range(len(dataset)):
         image, label = dataset[i]
-        logits = predict(model, image, size).float()                                # (1, C, h/4, w/4)
-        if not logits.isfinite().all():
-            raise NotFinite(f"the network's output on frame {i} is not finite: its weights are broken")
         if quarter:
+            logits = predict(model, image, size)                                    # (1, C, h/4, w/4)
             small = Image.fromarray(label.numpy()).resize(tuple(logits.shape[:1:-1]), Image.Resampling.NEAREST)
-            label = torch.from_numpy(np.array(small))                               # (h/4, w/4)
-        confusion += confusion_matrix(class_map(logits, label.shape).cpu(), label, model.num_classes)
+            label, classes = torch.from_numpy(np.array(small)), logits.argmax(1)[0].cpu()           # (h/4, w/4) both
+        else:
+            classes = segment(model, image, size, **how)                            # (H, W)
+        confusion += confusion_matrix(classes, label, model.num_classes)
         if progress:
             progress(i + 1, len(dataset))
     model.train(was_training)
@@ -125,20 +168,20 @@ def table(names, results, classes):
     return "\n".join(lines)
 
 
-def draw_comparison(path, models, names, dataset, indices):
-    """Save frames, truth and predictions of `models` side by side, with the classes' colours below."""
+def draw_comparison(models, names, dataset, indices, **how):
+    """-> PIL picture: frames, truth and predictions of `models` side by side, the classes' colours below. how: see `segment`."""
     rows = []
     for i in indices:
         image, label = dataset[i]
         picture = image.permute(1, 2, 0).numpy()
-        maps = [label] + [class_map(predict(model, image, model.input_size), label.shape).cpu() for model in models]
+        maps = [label] + [segment(model, image, model.input_size, **how) for model in models]
         rows.append([picture] + [overlay(picture, ids, dataset.palette) for ids in maps])
     sheet = grid(rows, ("frame", "truth", *names))
     below = Image.fromarray(legend(dataset.classes, dataset.palette, sheet.width))
     whole = Image.new("RGB", (sheet.width, sheet.height + below.height + 4), "white")
     whole.paste(sheet)
     whole.paste(below, (0, sheet.height + 4))
-    whole.save(path)
+    return whole
 
 
 def show_progress(what):
@@ -204,27 +247,45 @@ def run_scores(args, models):
         warn_of_leak(model, path, args)
     results = []
     for path, model in models.items():
-        confusion = evaluate(model, dataset, model.input_size, args.quarter, show_progress(path))
+        confusion = evaluate(model, dataset, model.input_size, args.quarter, show_progress(path), **how(args))
         results.append(scores(confusion) | {"confusion": confusion.tolist()})
     fold = "" if args.fold is None else f", fold {args.fold} of {args.folds}"
     resolution = "a quarter of the input, as the paper's code (not comparable with full resolution)" if args.quarter \
         else "the labels' full resolution"
-    print(f"\n{dataset.name} {args.split}{fold}, {len(dataset)} frames, scored at {resolution}")
+    print(f"\n{dataset.name} {args.split}{fold}, {len(dataset)} frames, scored at {resolution}{in_words(args)}")
     for path, model in models.items():
-        print(f"  {path}: input {'as it is' if model.input_size is None else '{}x{} (HxW)'.format(*model.input_size)}")
+        print(f"  {path}: input {'as it is' if model.input_size is None or args.window else '{}x{} (HxW)'.format(*model.input_size)}")
     print(table(list(models), results, dataset.classes))
     if args.json:
         content = dict(data=args.data, split=args.split, fold=args.fold, folds=args.folds, frames=len(dataset), classes=dataset.classes,
-                       resolution="quarter" if args.quarter else "full",
+                       resolution="quarter" if args.quarter else "full", **how(args),
                        checkpoints=[dict(path=path, variant=model.variant, input_size=model.input_size, **no_nan(result))
                                     for (path, model), result in zip(models.items(), results)])
         Path(args.json).write_text(json.dumps(content, indent=1))
     if args.overlay:
         folder = make_folder(args.overlay)
         for i, stem in enumerate(dataset.stems):
-            draw_comparison(folder / f"{stem}.png", list(models.values()), list(models), dataset, [i])
+            draw_comparison(list(models.values()), list(models), dataset, [i], **how(args)).save(folder / f"{stem}.png")
             show_progress(args.overlay)(i + 1, len(dataset))
         print(f"{len(dataset)} pictures in {folder}")
+    if args.plot:
+        try:
+            from plot import plot_all
+        except ImportError:
+            raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
+        for path in plot_all(list(models), results, dataset.classes, make_folder(args.plot)):
+            print(path)
+
+
+def how(args):
+    """The flags that say how a frame is segmented, as `segment` takes them."""
+    return dict(window=args.window, stride=args.stride, scales=tuple(args.scales), flip=args.flip)
+
+
+def in_words(args):
+    words = [f"windows of {args.window[0]}x{args.window[1]}"] if args.window else []
+    words += [f"scales {', '.join(f'{scale:g}' for scale in args.scales)}"] if args.scales != [1.0] else []
+    return "".join(f", {word}" for word in words + ["and mirrored"] * args.flip)
 
 
 def no_nan(value):
@@ -245,33 +306,88 @@ def make_folder(path):
     return Path(path)
 
 
+def find_photos(given):
+    """Files, folders (with all that is below them) and .txt lists -> [(path, name below --out without suffix)].
+
+    A line of a list is a path, from the list's own folder. Other files in a folder are counted and said, not skipped silently.
+    """
+    photos = []
+    for path in map(Path, given):
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+            found = [p for p in files if p.suffix.lower() in PHOTO_SUFFIXES]
+            if not found:
+                raise UsageError(f"{path}: no photo in it (looked for {' '.join(PHOTO_SUFFIXES)})")
+            if len(found) < len(files):
+                other = next(p for p in files if p not in found)
+                print(f"note: {len(files) - len(found)} files in {path} are no photos by their names, first {other}", file=sys.stderr)
+            photos += [(p, p.relative_to(path).with_suffix("")) for p in found]
+        elif path.suffix.lower() == ".txt":
+            lines = [path.parent / line for line in read_lines(path)]
+            if not lines:
+                raise UsageError(f"{path}: it names no photo")
+            photos += [(p, Path(p.stem)) for p in lines]
+        else:
+            photos.append((path, Path(path.stem)))
+    return photos
+
+
 def run_images(args, model):
     """Segment photos: OUT/NAME.png holds the class ids, OUT/NAME_overlay.png is to look at. Returns what went wrong."""
-    paths = []
-    for given in map(Path, args.images):
-        found = sorted(p for p in given.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if given.is_dir() else [given]
-        if not found:
-            raise UsageError(f"{given}: no .png or .jpg in it")
-        paths += found
-    names = [name for path in paths for name in (path.stem, f"{path.stem}_overlay")]
-    doubles = sorted({name for name in names if names.count(name) > 1})
+    photos = find_photos(args.images)
+    written = [str(name) + ending for _, name in photos for ending in ("", "_overlay")]
+    doubles = sorted(name for name, count in collections.Counter(written).items() if count > 1)
     if doubles:
         raise UsageError(f"two photos would both be written to {doubles[0]}.png: give them different names")
     folder = make_folder(args.out)
-    if any(path.resolve().parent == folder.resolve() for path in paths):
-        raise UsageError(f"--out {args.out} is where the photos are: choose another folder, so that none is overwritten")
-    palette, problems = model.palette or colours(model.num_classes), []
-    for i, path in enumerate(paths):
+    if any(path.resolve().is_relative_to(folder.resolve()) for path, _ in photos) or \
+            any(Path(given).is_dir() and folder.resolve().is_relative_to(Path(given).resolve()) for given in args.images):
+        raise UsageError(f"--out {args.out} is where the photos are: choose another folder, so that none is overwritten or taken for a photo")
+    palette, ids, problems = model.palette or colours(model.num_classes), label_ids(model, args), []
+    for i, (path, name) in enumerate(photos):
         try:
             image = read_photo(path)
-            ids = class_map(predict(model, torch.from_numpy(image).permute(2, 0, 1), model.input_size), image.shape[:2]).cpu()
-            Image.fromarray(ids.numpy().astype(np.uint8)).save(folder / f"{path.stem}.png")
-            Image.fromarray(overlay(image, ids, palette)).save(folder / f"{path.stem}_overlay.png")
-        except DatasetError as error:
+            classes = segment(model, torch.from_numpy(image).permute(2, 0, 1), model.input_size, **how(args)).numpy()
+            target = make_folder((folder / name).parent) / name.name
+            Image.fromarray(ids[classes]).save(f"{target}.png")
+            Image.fromarray(overlay(image, classes, palette)).save(f"{target}_overlay.png")
+        except (DatasetError, UsageError) as error:
             problems.append(str(error))                           # the other photos do not wait for this one
-        show_progress("photos")(i + 1, len(paths))
-    print(f"{len(paths) - len(problems)} of {len(paths)} photos segmented: class ids in {folder}/NAME.png, overlays in {folder}/NAME_overlay.png")
+        show_progress("photos")(i + 1, len(photos))
+    print(f"{len(photos) - len(problems)} of {len(photos)} photos segmented{in_words(args)}: "
+          f"{'Cityscapes label ids' if args.label_ids else 'class ids'} in {folder}/NAME.png, overlays in {folder}/NAME_overlay.png")
     return problems
+
+
+def label_ids(model, args):
+    """The table from classes to what is written: the classes, or with --label-ids Cityscapes' raw ids for its test server."""
+    table = np.arange(256).astype(np.uint8)
+    if args.label_ids:
+        if model.num_classes != len(CITYSCAPES) or model.classes and other_classes(model.classes, list(CITYSCAPES)):
+            raise UsageError(f"--label-ids is for Cityscapes' {len(CITYSCAPES)} classes: {args.checkpoints[0]} has others")
+        table[:len(CITYSCAPES)] = [raw for raw, _, _ in CITYSCAPES.values()]
+    return table
+
+
+def run_export(args, model):
+    """--export: one file for another runtime."""
+    from export import ExportError, export
+    try:
+        report = export(model, args.export, args.logits)
+    except ExportError as error:
+        raise UsageError(str(error)) from None
+    difference = f"largest difference {report['difference']:.1e}" if args.logits else f"{100 * report['difference']:.4f} % of the pixels differ"
+    sizes = ", ".join("x".join(map(str, size)) for size in report["checked"])
+    print(f"{args.export}: {report['bytes'] / 2 ** 20:.1f} MiB, images (B, 3, H, W) in [0, 1] -> {'logits' if args.logits else 'classes'}; run on random "
+          f"images of {sizes} (BxHxW) against the model: {difference}")
+
+
+def run_half(args, model):
+    """--half: the checkpoint with weights of 16 bits, for distribution."""
+    save_checkpoint(model, args.half, half=True)
+    before, after = Path(args.checkpoints[0]), Path(args.half)
+    size = f" ({before.stat().st_size / 2 ** 20:.1f} MiB as given)" if before.is_file() else ""
+    print(f"{after}: weights in fp16, {after.stat().st_size / 2 ** 20:.1f} MiB{size}")
 
 
 def read_photo(path):
@@ -284,7 +400,7 @@ def read_photo(path):
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Score checkpoints side by side, or segment photos.")
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="ours, or a Hugging Face .bin / .safetensors")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="ours, Hugging Face's (file or folder), NVlabs' or TransKD's")
     parser.add_argument("--data", default="toy", help="toy, camvid:DIR, cityscapes:DIR or folder:DIR (default: toy)")
     parser.add_argument("--split", default="val", choices=SPLITS)
     parser.add_argument("--fold", type=int, help="score this fold of --folds in place of the split; counts from 0")
@@ -295,29 +411,69 @@ def build_parser():
     parser.add_argument("--quarter", action="store_true", help="score at a quarter of the input, as the paper's code does")
     parser.add_argument("--json", metavar="FILE", help="write the scores and confusion matrices for machines")
     parser.add_argument("--overlay", metavar="DIR", help="draw frame, truth and predictions of every frame")
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="segment these photos or folders of photos instead")
+    parser.add_argument("--plot", metavar="DIR", help="draw radar and confusion matrices, and the runs' losses and mIoU where their logs are")
+    parser.add_argument("--images", nargs="+", metavar="PATH", help="segment these photos, folders of photos or .txt lists of photos instead")
     parser.add_argument("--out", metavar="DIR", help="where --images writes")
+    parser.add_argument("--label-ids", action="store_true", help="--images writes Cityscapes' raw label ids, as its test server wants them")
+    parser.add_argument("--window", type=int, nargs=2, metavar=("H", "W"), help="slide a window over images at their own size: for large ones")
+    parser.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="steps of the window (default: three quarters of it)")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="F", help="average over these scales of the image (default 1)")
+    parser.add_argument("--flip", action="store_true", help="average over the image and its mirror image")
+    parser.add_argument("--export", metavar="FILE", help="write the network for another runtime: .onnx or .pt2")
+    parser.add_argument("--logits", action="store_true", help="--export makes the logits at a quarter the output, not the classes")
+    parser.add_argument("--half", metavar="FILE", help="write the checkpoint with fp16 weights, half the size, for distribution")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser
+
+
+def check_flags(parser, args):
+    """What single flags cannot tell."""
+    tasks = [name for name in ("images", "export", "half") if getattr(args, name)]
+    if len(tasks) > 1:
+        parser.error(f"--{tasks[0]} and --{tasks[1]} are two tasks: give one")
+    if tasks and len(args.checkpoints) > 1:
+        parser.error(f"--{tasks[0]} takes one checkpoint")
+    if bool(args.images) != bool(args.out):
+        parser.error("--images and --out go together")
+    for flag, needs in (("label_ids", "images"), ("logits", "export"), ("stride", "window")):
+        if getattr(args, flag) and not getattr(args, needs):
+            parser.error(f"--{flag.replace('_', '-')} goes with --{needs}")
+    unused = next((flag for flag in ("json", "overlay", "plot", "quarter", "fold") if tasks and getattr(args, flag) is not None and getattr(args, flag) is not False), None)
+    if unused:
+        parser.error(f"--{unused} is of the scores, and --{tasks[0]} makes none")
+    if args.size and args.size != [0, 0] and min(args.size) < SMALLEST:
+        parser.error(f"--size must be at least {SMALLEST} {SMALLEST}, or 0 0")
+    if args.window and min(args.window) < SMALLEST:
+        parser.error(f"--window must be at least {SMALLEST} {SMALLEST}")
+    if args.stride and not all(1 <= step <= part for step, part in zip(args.stride, args.window)):
+        parser.error("--stride must be at least 1 1 and at most the window, or pixels would be left out")
+    if not all(0 < scale <= 16 for scale in args.scales):
+        parser.error("--scales must be above 0 and at most 16")
+    if args.window and args.size:
+        parser.error("--window takes images at their own size: leave --size out")
+    if args.quarter and (args.window or args.flip or args.scales != [1.0]):
+        parser.error("--quarter is the paper's protocol, which has no windows, scales or flips")
 
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    if bool(args.images) != bool(args.out):
-        parser.error("--images and --out go together")
-    if args.images and len(args.checkpoints) > 1:
-        parser.error("--images takes one checkpoint")
-    if args.size and args.size != [0, 0] and min(args.size) < SMALLEST:
-        parser.error(f"--size must be at least {SMALLEST} {SMALLEST}, or 0 0")
+    check_flags(parser, args)
     keep_freed_memory()
+    problems = []
     try:
-        device = pick_device(args.device)
-        models = {path: load_checkpoint(path).fold().to(device) for path in args.checkpoints}
-        for model in models.values():
-            if args.size:
-                model.input_size = None if args.size == [0, 0] else tuple(args.size)
-        problems = run_images(args, models[args.checkpoints[0]]) if args.images else run_scores(args, models) or []
+        device, first = pick_device(args.device), args.checkpoints[0]
+        models = {path: load_checkpoint(path) for path in args.checkpoints}
+        if args.half:
+            run_half(args, models[first])
+        elif args.export:
+            run_export(args, models[first])
+        else:
+            models = {path: model.fold().to(device) for path, model in models.items()}
+            for model in models.values():
+                if args.size:
+                    model.input_size = None if args.size == [0, 0] else tuple(args.size)
+            problems = run_images(args, models[first]) if args.images else run_scores(args, models) or []
     except (*MISTAKES, NotFinite) as error:
         problems = [str(error)]
     except OSError as error:

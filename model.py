@@ -494,8 +494,10 @@ FORMATS = (
 )
 
 
-def save_checkpoint(model, path, **extra):
+def save_checkpoint(model, path, half=False, **extra):
     """Write `model`, and `extra` plain values or tensors beside it, so that load_checkpoint(path) rebuilds it alone.
+
+    half: weights in fp16, half the size, for distribution (BatchNorm's statistics and the preprocessing stay fp32).
 
     The file appears whole or not at all: it is written beside `path`, flushed to the disk, then renamed.
     Raises CheckpointError for a folded model or a norm_fn that is not in NORMS.
@@ -508,6 +510,12 @@ def save_checkpoint(model, path, **extra):
                    palette=model.palette, input_size=model.input_size, trained_on=model.trained_on,
                    layer_norm_eps=[m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)],
                    model={name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, **extra)
+    if half:
+        small = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
+        lost = [name for name, tensor in small.items() if not tensor.isfinite().all()]
+        if lost:
+            raise CheckpointError(f"cannot save {path} in fp16: {lost[0]} has values beyond its range")
+        content["model"] |= small
     partial = f"{path}.partial"
     with open(partial, "wb") as file:
         torch.save(content, file)

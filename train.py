@@ -57,7 +57,7 @@ SUITS = {
     "cityscapes": dict(augment="plain"),
     "folder": dict(crop=[512, 512]),
 }
-MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every")        # on resume; the rest is the experiment
+MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every", "tensorboard")        # on resume; the rest is the experiment
 REPORT_EVERY = 20                                                 # steps between two reads of the losses from the device
 
 
@@ -267,6 +267,35 @@ class Log:
             self.file.flush()
 
 
+class Board:
+    """The same numbers, and pictures, for TensorBoard in RUN/tensorboard; without --tensorboard nothing is written."""
+
+    def __init__(self, folder, wanted, start):
+        self.writer = None
+        if wanted and not rank():
+            self.writer = summary_writer()(folder / "tensorboard", purge_step=start + 1 if start else None)
+
+    def add_rows(self, columns, rows, group):
+        for row in rows if self.writer else ():
+            for name, value in zip(columns, row[1:]):
+                self.writer.add_scalar(f"{group}/{name}", float(value), int(row[0]))
+
+    def add_picture(self, step, student, val_set):
+        if self.writer:
+            picture = draw_comparison([student.fold()], ["student"], val_set, spread(len(val_set), 2))
+            self.writer.add_image("val", np.asarray(picture), step, dataformats="HWC")
+            self.writer.flush()
+
+
+def summary_writer():
+    """-> TensorBoard's writer class. Raises UsageError where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter
+
+
 def git_commit():
     """The code's commit, "" outside a repository or without git."""
     try:
@@ -282,6 +311,8 @@ def train(args):
     """The whole run, from the flags to the last table."""
     folder, saved = find_run(args) if args.resume else (None, None)
     args = settle(args, saved)
+    if args.tensorboard:
+        summary_writer()                                          # absent: said before anything is done
     device = join_processes(args.device)
     train_set, val_set = (open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by) for split in ("train", "val"))
     total_batch = args.batch_size * args.accum * world_size()
@@ -307,8 +338,8 @@ def train(args):
     if teacher is not None:
         record["teacher_scores"] = record["teacher_scores"] or evaluate_together(teacher, val_set, show_progress("teacher"))
         print(f"teacher {args.teacher}: mIoU {100 * record['teacher_scores']['miou']:.2f} % on {val_set.name} {held_out(args)}, full resolution", flush=True)
-    log = Log(folder, "log.csv", ["step", "lr", "loss", *objective.weights], start)
-    score_log = Log(folder, "scores.csv", ["step", "miou", "macc", "aacc", *train_set.classes], start)
+    columns, score_columns = ["step", "lr", "loss", *objective.weights], ["step", "miou", "macc", "aacc", *train_set.classes]
+    log, score_log, board = Log(folder, "log.csv", columns, start), Log(folder, "scores.csv", score_columns, start), Board(folder, args.tensorboard, start)
 
     stream = Stream(train_set, Augment(args.crop, train_set.size, args.scale_range, args.augment), args.seed)
     batches = iter(make_loader(stream, start, args, total_batch, device))
@@ -332,6 +363,7 @@ def train(args):
         if len(pending) == REPORT_EVERY or evaluates:             # one wait for the device, not one a step
             rows = read_losses(pending, objective.weights, folder)
             log.add(rows)
+            board.add_rows(columns[1:], rows, "train")
             speed = len(pending) * total_batch / (time.time() - clock)
             print_progress(done, args.iters, rows[-1], objective.weights, speed, total_batch)
             pending.clear()
@@ -340,7 +372,10 @@ def train(args):
             better = result["miou"] > record["best_scores"]["miou"] if record["best_scores"] else True
             record |= dict(step=done, best_scores=result | {"step": done}) if better else dict(step=done)
             print_scores(done, result, val_set, better, args)
-            score_log.add([[done, *(f"{value:.6f}" for value in (result["miou"], result["macc"], result["aacc"], *result["iou"]))]])
+            row = [done, *(f"{value:.6f}" for value in (result["miou"], result["macc"], result["aacc"], *result["iou"]))]
+            score_log.add([row])
+            board.add_rows(score_columns[1:], [row], "val")
+            board.add_picture(done, student, val_set)
             if rank() == 0:
                 if better:
                     save_checkpoint(student, folder / "best.pth", scores=result, step=done)
@@ -472,6 +507,11 @@ def announce(args, folder, device, student, train_set, val_set, objective, total
           + (f"; resuming after step {start}" if start else ""), flush=True)
 
 
+def spread(count, some):
+    """At most `some` indices, evenly over range(count)."""
+    return np.linspace(0, count - 1, min(some, count)).astype(int).tolist()
+
+
 def finish(args, folder, teacher, record, val_set):
     """The table of per-class IoU and the picture, for the teacher and the student's best checkpoint."""
     models, names, results = [], [], []
@@ -480,8 +520,8 @@ def finish(args, folder, teacher, record, val_set):
     models.append(load_checkpoint(folder / "best.pth").fold())
     names.append(f"student {args.student}")
     results.append(record["best_scores"])
-    some = np.linspace(0, len(val_set) - 1, min(4, len(val_set))).astype(int).tolist()
-    draw_comparison(folder / "pictures.png", models, names, val_set, some)
+    some = spread(len(val_set), 4)
+    draw_comparison(models, names, val_set, some).save(folder / "pictures.png")
     print(f"\n{val_set.name} {held_out(args)}, {len(val_set)} frames, full resolution; student's best checkpoint: step {record['best_scores']['step']}")
     print(table(names, results, val_set.classes))
     print(f"\npictures: {folder / 'pictures.png'}; checkpoints: {folder / 'best.pth'}, {folder / 'last.pth'}")
@@ -575,6 +615,7 @@ def build_parser():
     add("--workers", type=number(int, 0), help="processes that read data (default: up to 4)")
     add("--seed", type=number(int, 0, 2 ** 31), help="of weights, order, augmentation and dropout (default 0)")
     add("--eval-every", type=positive, help="steps between validations and checkpoints (default: a fortieth of the run; CamVid 1000, toy 100)")
+    add("--tensorboard", action="store_true", default=None, help="also write scalars and pictures for TensorBoard to the run's folder")
     add("--resume", action="store_true", default=None, help="go on with the run in --out, or the newest under runs/")
     add("--device", help="auto (CUDA, then MPS, then CPU), or one of them by name")
     return parser

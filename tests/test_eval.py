@@ -2,16 +2,20 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+import export
 from conftest import command
-from data import IGNORE, open_dataset
-from eval import class_map, confusion_matrix, evaluate, no_nan, scores, table
-from model import save_checkpoint, segformer
+from data import CITYSCAPES, IGNORE, open_dataset
+from eval import confusion_matrix, evaluate, no_nan, scores, segment, table
+from model import load_checkpoint, save_checkpoint, segformer
 
 
 @pytest.fixture
@@ -76,9 +80,43 @@ def test_evaluate_scores_at_the_labels_size_whatever_the_input_size(folder):
 
 
 def test_logits_are_resized_before_the_argmax():
-    logits = torch.zeros(1, 2, 1, 2)
-    logits[0, 1] = torch.tensor([[-1.0, 3.0]])                    # the border is where the line crosses 0, not in the middle
-    assert class_map(logits, (1, 8))[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    model = Oracle()
+    model.forward = lambda images: torch.tensor([[[[0.0, 0.0]], [[-1.0, 3.0]]]])    # the border is where the line crosses 0
+    assert segment(model, torch.zeros(3, 32, 32, dtype=torch.uint8))[0].tolist() == [0] * 12 + [1] * 20
+
+
+def network_and_image(H, W, classes=3):
+    torch.manual_seed(0)
+    return segformer("b0", classes).eval().fold(), torch.randint(0, 256, (3, H, W), dtype=torch.uint8)
+
+
+def full(model, image, size):
+    """Logits of an image, (C, H, W) at `size`, in the plainest way."""
+    with torch.no_grad():
+        return F.interpolate(model(image[None].float() / 255), size=size, mode="bilinear", align_corners=False)[0]
+
+
+@pytest.mark.parametrize("window, stride", [((64, 48), (32, 16)), ((64, 64), None), ((130, 40), (7, 40)), ((500, 500), None)])
+def test_windows_add_up_where_they_overlap(window, stride):
+    model, image = network_and_image(130, 97)
+    h, w = min(window[0], 130), min(window[1], 97)
+    dy, dx = stride or (48, 48)
+    total = torch.zeros(3, 130, 97)
+    for top in sorted({min(y, 130 - h) for y in range(0, 130, dy)}):
+        for left in sorted({min(x, 97 - w) for x in range(0, 97, dx)}):
+            total[:, top:top + h, left:left + w] += full(model, image[:, top:top + h, left:left + w], (h, w))
+    assert torch.equal(segment(model, image, (32, 32), window=window, stride=stride).long(), total.argmax(0))
+
+
+def test_scales_and_mirror_images_are_averaged():
+    model, image = network_and_image(64, 96)
+    total = torch.zeros(3, 64, 96)
+    for size in ((48, 72), (64, 96)):
+        resized = torch.from_numpy(np.array(Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR))).permute(2, 0, 1)
+        total += full(model, resized, (64, 96)).softmax(0) + full(model, resized.flip(2), (64, 96)).softmax(0).flip(2)
+    found = segment(model, image, scales=(0.75, 1.0), flip=True)
+    assert (found == total.argmax(0)).float().mean() > 0.999      # sums in another order: ties may fall otherwise
+    assert (found != segment(model, image)).any()
 
 
 def test_table_has_differences_and_dashes():
@@ -98,6 +136,93 @@ def test_command_scores_several_checkpoints(folder, checkpoint, tmp_path):
     assert Image.open(tmp_path / "pictures" / "frame_5.png").width > 600
     output = command("eval.py", checkpoint, "--data", folder, "--quarter", "--size", 64, 64)
     assert "a quarter of the input" in output and "input 64x64" in output
+
+
+def test_command_scores_with_windows_scales_and_flips(folder, checkpoint, tmp_path):
+    output = command("eval.py", checkpoint, "--data", folder, "--window", 32, 32, "--stride", 8, 16, "--scales", 1, 1.5, "--flip", "--json", tmp_path / "s.json")
+    assert "windows of 32x32, scales 1, 1.5, and mirrored" in output
+    content = json.loads((tmp_path / "s.json").read_text())
+    assert content["window"] == [32, 32] and content["stride"] == [8, 16] and content["scales"] == [1, 1.5] and content["flip"]
+    network = load_checkpoint(checkpoint).fold()
+    expected = scores(evaluate(network, open_dataset(folder, "val"), window=(32, 32), stride=(8, 16), scales=(1, 1.5), flip=True))
+    assert content["checkpoints"][0]["miou"] == pytest.approx(expected["miou"])
+
+
+def test_command_draws_the_figures(folder, checkpoint, tmp_path):
+    (checkpoint.parent / "log.csv").write_text("step,lr,loss,wce\n1,0.1,2.0,2.0\n2,0.1,1.0,1.0\n")
+    output = command("eval.py", checkpoint, "--data", folder, "--plot", tmp_path / "figures")
+    assert "miou.png: no scores.csv beside" in output
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["confusion_1.png", "loss.png", "radar.png"]
+    assert all(Image.open(p).width > 500 for p in (tmp_path / "figures").iterdir())
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    assert "pip install matplotlib" in command("eval.py", checkpoint, "--data", folder, "--plot", tmp_path / "f", code=2, env={"PYTHONPATH": str(tmp_path)})
+
+
+def test_half_checkpoints_are_half_and_load_on_the_cpu(checkpoint, tmp_path):
+    output = command("eval.py", checkpoint, "--half", tmp_path / "half.pth")
+    whole, half = load_checkpoint(checkpoint), load_checkpoint(tmp_path / "half.pth")
+    assert "weights in fp16, 7.1 MiB (14.2 MiB as given)" in output
+    assert next(half.parameters()).dtype == torch.float32 and torch.equal(half.mean, whole.mean)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(half(images), whole(images), atol=5e-3) and not torch.equal(half(images), whole(images))
+    whole.decoder.fuse.weight.data[0] = 1e6
+    save_checkpoint(whole, tmp_path / "big.pth")
+    assert "beyond its range" in command("eval.py", tmp_path / "big.pth", "--half", tmp_path / "h.pth", code=2)
+
+
+@pytest.mark.parametrize("name, flags", [("net.pt2", []), ("net.onnx", ["--logits"])])
+def test_exported_files_do_what_the_model_does(name, flags, checkpoint, tmp_path):
+    output = command("eval.py", checkpoint, "--export", tmp_path / name, *flags)
+    assert "MiB, images (B, 3, H, W) in [0, 1] -> " + ("logits" if flags else "classes") in output and "1x64x96, 2x150x203" in output
+    model, images = load_checkpoint(checkpoint), torch.rand(3, 3, 97, 110)
+    with torch.no_grad():
+        logits = model(images)
+    if flags:
+        session = onnxruntime.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"])
+        assert np.abs(session.run(None, {"images": images.numpy()})[0] - logits.numpy()).max() < 1e-4
+        assert json.loads(session.get_modelmeta().custom_metadata_map["variant"]) == "b0"
+    else:
+        extra = {"effiseg.json": ""}
+        classes = torch.export.load(tmp_path / name, extra_files=extra).module()(images)
+        expected = F.interpolate(logits, size=(97, 110), mode="bilinear", align_corners=False).argmax(1)
+        assert classes.dtype == torch.uint8 and (classes == expected).float().mean() > 0.999
+        assert json.loads(extra["effiseg.json"])["output"] == "classes"
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == Path(name).suffix] == [name]
+
+
+def test_a_file_that_disagrees_is_not_kept(checkpoint, tmp_path, monkeypatch):
+    model = load_checkpoint(checkpoint)
+    monkeypatch.setattr(export, "trace", lambda deployed: b"a program")
+    monkeypatch.setitem(export.KINDS, ".pt2", (lambda program, path, *rest: Path(path).write_bytes(program), lambda path: lambda images: model(images) + 1e-3, ()))
+    with pytest.raises(export.ExportError, match="differ from the model's by 1.0e-03"):
+        export.export(model, str(tmp_path / "x.pt2"), logits=True)
+    assert not [p for p in tmp_path.iterdir() if p.suffix == ".pt2"]
+
+
+def test_photos_come_from_folders_below_lists_and_files(checkpoint, tmp_path):
+    photos = tmp_path / "photos"
+    for name in ("aachen/x.png", "bonn/x.png", "top.webp"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (9, 9, 9)).save(photos / name)
+    (photos / "notes.md").write_text("-")
+    output = command("eval.py", checkpoint, "--images", photos, "--out", tmp_path / "out", "--flip", "--window", 32, 32)
+    assert "3 of 3 photos segmented, windows of 32x32, and mirrored" in output and "1 files in" in output and "notes.md" in output
+    assert {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png") if "overlay" not in p.name} == {"aachen/x.png", "bonn/x.png", "top.png"}
+    (photos / "list.txt").write_text("aachen/x.png\n\ntop.webp\n")
+    assert "2 of 2 photos" in command("eval.py", checkpoint, "--images", photos / "list.txt", "--out", tmp_path / "two")
+    assert "choose another folder" in command("eval.py", checkpoint, "--images", photos, "--out", photos / "deep" / "out", code=2)
+
+
+def test_label_ids_are_cityscapes_own(checkpoint, tmp_path):
+    torch.manual_seed(0)
+    save_checkpoint(segformer("b0", 19), tmp_path / "city.pth")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "x.png")
+    for flags in ((), ("--label-ids",)):
+        command("eval.py", tmp_path / "city.pth", "--images", tmp_path / "x.png", "--out", tmp_path / f"out{len(flags)}", *flags)
+    classes, raw = (np.asarray(Image.open(tmp_path / f"out{i}" / "x.png")) for i in (0, 1))
+    assert (np.array([raw_id for raw_id, _, _ in CITYSCAPES.values()])[classes] == raw).all()
+    assert "for Cityscapes' 19 classes" in command("eval.py", checkpoint, "--images", tmp_path / "x.png", "--out", tmp_path / "o", "--label-ids", code=2)
 
 
 def test_command_segments_photos_and_goes_on_after_a_broken_one(checkpoint, tmp_path):
@@ -120,7 +245,10 @@ def test_command_segments_photos_and_goes_on_after_a_broken_one(checkpoint, tmp_
 @pytest.mark.parametrize("args, sentence", [
     (["{net}", "--data", "camvid:/nowhere"], "no such folder"), (["/no/net.pth"], "cannot open checkpoint /no/net.pth"),
     (["{net}", "--data", "toy"], "net.pth has 3 classes, the data (toy) has 8"), (["{net}", "--images", "/no.png", "--out", "{tmp}/o"], "/no.png: there is no such file"),
-    (["{net}", "--images", "x.png"], "go together"), (["{net}", "--size", "8", "8"], "at least 32"), (["{net}", "--device", "tpu9"], "device 'tpu9'"),
+    (["{net}", "--images", "x.png"], "go together"), (["{net}", "--window", "64", "64", "--stride", "65", "9"], "pixels would be left out"),
+    (["{net}", "--stride", "9", "9"], "goes with --window"), (["{net}", "--quarter", "--flip"], "paper's protocol"), (["{net}", "--scales", "0"], "above 0"),
+    (["{net}", "--export", "x.tflite"], "must end in .pt2 or .onnx"), (["{net}", "--half", "x", "--export", "y"], "two tasks"),
+    (["{net}", "{net}", "--export", "x.pt2"], "takes one checkpoint"), (["{net}", "--logits"], "goes with --export"), (["{net}", "--half", "x", "--json", "y"], "makes none"), (["{net}", "--size", "8", "8"], "at least 32"), (["{net}", "--device", "tpu9"], "device 'tpu9'"),
     (["{net}", "--split", "training"], "invalid choice"), (["{net}", "--data", "{folder}", "--json", "/no/such/dir/x.json"], "No such file or directory")])
 def test_mistakes_are_a_sentence_and_exit_code_2(args, sentence, folder, checkpoint, tmp_path):
     args = [arg.format(net=checkpoint, tmp=tmp_path, folder=folder) for arg in args]

@@ -142,6 +142,19 @@ def test_distillation_logs_every_term_and_shows_teacher_and_student(tmp_path, fo
     assert len(state["projections"]) == 16 and len(state["optimizer"]["state"]) == student + 16        # trained, all of them
 
 
+def test_tensorboard_gets_every_step_and_a_picture(tmp_path, folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    out = tmp_path / "run"
+    command("train.py", "--data", folder, "--iters", 3, "--eval-every", 2, "--tensorboard", "--out", out, *SMALL)
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("train/wce")] == [1, 2, 3] and [e.step for e in events.Scalars("val/miou")] == [2, 3]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx([float(row["loss"]) for row in log(out)], rel=1e-6)
+    assert [e.step for e in events.Images("val")] == [2, 3]
+    (tmp_path / "tensorboard.py").write_text("raise ImportError")
+    output = command("train.py", "--data", folder, "--tensorboard", "--out", tmp_path / "no", *SMALL, code=2, env={"PYTHONPATH": str(tmp_path)})
+    assert "pip install tensorboard" in output and not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("what", ["encoder", "segmenter", "other names", "resumed"])
 def test_init_starts_from_the_files_weights(what, tmp_path, folder):
     torch.manual_seed(3)
