@@ -39,6 +39,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 IGNORE = 255
 INVALID = 254                                                     # in a lookup table: an id that must not occur
+ORIENTATION = 0x0112                                              # EXIF's tag
 PAD = (124, 116, 104)                                             # ImageNet's mean colour: zero after normalisation
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -88,6 +89,11 @@ def read_picture(path, mode=None, upright=False):
                 raise DatasetError(f"{path}: a label must be an 8-bit image of class ids, this one is {picture.mode}")
             if mode == "ids" and picture.format == "JPEG":
                 raise DatasetError(f"{path}: a label must be a .png, JPEG changes the ids")
+            if not upright and getattr(picture, "n_frames", 1) > 1:
+                raise DatasetError(f"{path}: an animation of {picture.n_frames} pictures, not one picture")
+            if not upright and picture.getexif().get(ORIENTATION, 1) != 1:
+                raise DatasetError(f"{path}: marked as turned by the camera (EXIF orientation {picture.getexif()[ORIENTATION]}), and its label could be "
+                                   "of either way up: save both upright")
             if picture.mode.startswith(("I", "F")):
                 raise DatasetError(f"{path}: an image must have 8 bits a channel, this one is {picture.mode}")
             return np.array(picture if mode == "ids" else (ImageOps.exif_transpose(picture) if upright else picture).convert("RGB"))
@@ -98,6 +104,19 @@ def read_picture(path, mode=None, upright=False):
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:       # PIL's, of broken files
         reason = str(error).replace(str(path), "").strip(" '")
         raise DatasetError(f"{path}: not an image that can be read ({reason})") from None
+
+
+def glance(path):
+    """-> (H, W) from a picture's head; a file that does not end as it should is read whole. Raises DatasetError."""
+    try:
+        with Image.open(path) as picture, open(path, "rb") as file:
+            file.seek(-min(os.path.getsize(path), 64), os.SEEK_END)
+            tail, size = file.read(), (picture.height, picture.width)
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):
+        return read_picture(path).shape[:2]                       # its sentence
+    if b"IEND" not in tail and b"\xff\xd9" not in tail:
+        read_picture(path)
+    return size
 
 
 def list_images(folder, looking_for):
@@ -140,6 +159,9 @@ class Dataset:
     def __len__(self):
         return len(self.stems)
 
+    def glance(self):
+        """Raise DatasetError for what a quick look shows to be broken; nothing can be where frames are drawn."""
+
     def __getitem__(self, i):
         return self.finish(i, self.read_image(i), self.read_label(i))
 
@@ -165,6 +187,13 @@ class Files(Dataset):
 
     def read_image(self, i):
         return read_picture(self.paths[i][0])
+
+    def glance(self):
+        """Look at every file's head and tail, in milliseconds each: what is broken is said before an hour of training."""
+        for i, paths in enumerate(self.paths):
+            sizes = [glance(path) for path in paths]
+            if sizes[0] != sizes[1]:
+                self.finish(i, np.empty((*sizes[0], 3), np.uint8), np.empty(sizes[1], np.uint8))         # its error
 
     def read_label(self, i):
         path = self.paths[i][1]

@@ -517,11 +517,18 @@ def save_checkpoint(model, path, half=False, **extra):
             raise CheckpointError(f"cannot save {path} in fp16: {lost[0]} has values beyond its range")
         content["model"] |= small
     partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:                      # a full disk is either, by where torch meets it
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk may be full"
+        raise CheckpointError(f"cannot write {path}: {reason}; what stood there before is untouched") from None
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
 
 
 def load_checkpoint(path, num_classes=None):
@@ -640,12 +647,15 @@ def read_checkpoint(path):
 
 
 def check_archive(path):
-    """Refuse a torch file (a zip archive) whose records are compressed: torch writes none, and a small one could unpack to
-    more than the memory. Raises ValueError."""
+    """Hold a torch file (a zip archive) against its checksums, which torch itself does not read, and refuse compressed records:
+    torch writes none, and a small one could unpack to more than the memory. Raises ValueError."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > os.path.getsize(path):
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if not packed and archive.testzip() is not None:
+                raise ValueError("a checksum in it does not fit")
+        if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
             raise ValueError("its records are compressed or overlap")
 
 

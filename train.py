@@ -14,8 +14,8 @@ Without --data it trains on toy scenes that are drawn on the fly. The loss is eq
     total = supervision + lambda_KL KL + lambda_FD sum_stages CSKD + lambda_PE PEKD,        supervision = WCE, or eq. 14
 
 A run writes to --out: best.pth (by mIoU on the validation split), last.pth (with all that --resume needs), log.csv (every
-loss term of every step), scores.csv, recipe.json, pictures.png. Every random number of step n is a function of (seed, n),
-so a resumed run is the run that was never stopped.
+loss term of every step), scores.csv, recipe.json, pictures.png (see run.py). Every random number of step n is a function of
+(seed, n), so a resumed run is the run that was never stopped.
 
 References
   Kim et al., EffiSeg, 2025: the losses (section 3.2-3.3) and the defaults (section 4.3)
@@ -24,27 +24,25 @@ References
 
 import argparse
 import contextlib
-import csv
 import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import CITYSCAPES, IGNORE, Augment, Stream, open_dataset, pixel_counts
-from eval import (MISTAKES, NotFinite, UsageError, check_classes, draw_comparison, evaluate, keep_freed_memory, make_folder,
-                  other_classes, pick_device, scores, show_progress, table, warn_of_leak)
+from data import CITYSCAPES, IGNORE, Augment, DatasetError, Stream, open_dataset, pixel_counts
+from eval import (MISTAKES, NotFinite, UsageError, check_classes, draw_comparison, evaluate, keep_freed_memory, other_classes,
+                  pick_device, scores, show_progress, table, warn_of_leak)
 from losses import (Projections, class_weights, cskd, dice_loss, focal_loss, kl_distillation, pekd, weighted_cross_entropy)
-from model import NORMS, SIZES, SMALLEST, Features, load_checkpoint, read_checkpoint, save_checkpoint, segformer
+from model import NORMS, SIZES, SMALLEST, Features, load_checkpoint, save_checkpoint, segformer
+from run import (Board, Log, Stop, Stopped, choose_folder, deaf_worker, find_run, git_commit, rank, restarted, save_last, spread,
+                 summary_writer)
 
 # The paper's defaults (section 4.3; clipping at 1 and no weight decay are its trainer's), then what suits each data set.
 PAPER = dict(student="b0", init=None, teacher=None, data="toy", epochs=200, batch_size=2, accum=1, crop=[512, 1024], scale_range=[0.5, 2.0],
@@ -58,6 +56,7 @@ SUITS = {
     "folder": dict(crop=[512, 512]),
 }
 MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every", "tensorboard")        # on resume; the rest is the experiment
+SKIPS = 20                                                        # steps that fp16's scaler may leave out in a row
 REPORT_EVERY = 20                                                 # steps between two reads of the losses from the device
 
 
@@ -149,7 +148,9 @@ def ask_teacher(teacher, images, wants_logits):
 
 
 def train_step(objective, teacher, optimizer, scaler, images, labels, args, cast):
-    """One optimizer step on this process's part of the batch, in --accum pieces. -> the terms' values, (terms,)."""
+    """One optimizer step on this process's part of the batch, in --accum pieces. -> the terms' values and the gradient's norm
+    before clipping, (terms + 1,). On a CPU a gradient that is not finite is a NotFinite before it reaches the weights; on a
+    GPU that would be a wait in every step, so there the caller finds it in the norm."""
     module = objective.module if isinstance(objective, DistributedDataParallel) else objective
     weights = torch.tensor(list(module.weights.values()), device=images.device)
     pieces = list(zip(images.chunk(args.accum), labels.chunk(args.accum)))
@@ -166,22 +167,36 @@ def train_step(objective, teacher, optimizer, scaler, images, labels, args, cast
             terms = torch.stack(list(terms.values())) * over[i] / total                                   # (terms,)
             scaler.scale((weights * terms).sum() * world_size()).backward()                               # DDP averages
         values += terms.detach()
-    if args.grad_clip:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip or math.inf)
+    if norm.device.type == "cpu" and not scaler.is_enabled() and not norm.isfinite():
+        raise NotFinite(blame(module, teacher, pieces, cast))
     scaler.step(optimizer)
     scaler.update()
-    return all_reduce(values)
+    return torch.cat([all_reduce(values), norm[None]])
+
+
+def blame(module, teacher, pieces, cast):
+    """Which terms are not finite, or have a gradient that is not? Each is computed alone, in words."""
+    found, trained = {}, [p for p in module.parameters() if p.requires_grad]
+    for image, label in pieces:
+        with cast():
+            with torch.no_grad():
+                target = ask_teacher(teacher, image, True) if teacher is not None else None
+            terms = module(image, label, target)
+        for name, value in terms.items():
+            gradients = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
+            if not value.isfinite():
+                found[name] = f"{name} is {value.item()}"
+            elif not all(gradient.isfinite().all() for gradient in gradients if gradient is not None):
+                found.setdefault(name, f"the gradient of {name} is not finite")
+    return " and ".join(found.values()) or "the gradient of the sum of all terms is not finite"
 
 
 # ---------------------------------------------------------------- several processes (torchrun)
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def all_reduce(tensor):
@@ -203,10 +218,19 @@ def join_processes(name):
         device = torch.device("cuda", local)
     else:
         device = pick_device("cpu" if name == "auto" else name)   # gloo knows no MPS
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **meeting_place())
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
+
+
+def meeting_place():
+    """Where torchrun's processes meet. After a restart gloo would find the addresses of the dead there: a place an attempt."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dict(store=attempt, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
 
 
 def evaluate_together(model, dataset, progress=None):
@@ -220,95 +244,11 @@ def evaluate_together(model, dataset, progress=None):
     return scores(all_reduce(confusion.to(device)))
 
 
-# ---------------------------------------------------------------- the run folder
-
-def choose_folder(args):
-    """--out, or runs/DATA-STUDENT[-kd] with a number behind it when that is taken. Raises UsageError for a used --out."""
-    if args.out:
-        folder = Path(args.out)
-        if any((folder / name).exists() for name in ("last.pth", "best.pth")):
-            raise UsageError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
-        return make_folder(folder)
-    name = f"runs/{args.data.split(':')[0]}-{args.student}{'-kd' if args.teacher else ''}"
-    numbers = (Path(f"{name}-{n}" if n > 1 else name) for n in range(1, 10_000))
-    return make_folder(next(folder for folder in numbers if not folder.exists()))
-
-
-def find_run(args):
-    """-> (folder, contents of its last.pth) for --resume: --out, else the newest run under runs/."""
-    found = [Path(args.out) / "last.pth"] if args.out else sorted(Path("runs").glob("*/last.pth"), key=os.path.getmtime)
-    if not found or not found[-1].exists():
-        raise UsageError(f"nothing to resume: no last.pth in {args.out or 'any folder under runs/'}")
-    content = read_checkpoint(found[-1])
-    if not isinstance(content.get("training"), dict):
-        raise UsageError(f"{found[-1]} is a checkpoint but not a run: it has no training state")
-    if not (found[-1].parent / "best.pth").exists():
-        raise UsageError(f"{found[-1].parent} has a last.pth but no best.pth: the run needs both to go on")
-    return found[-1].parent, content
-
-
-class Log:
-    """A CSV file that the first process writes; on resume the rows after `step` are dropped and will be written again."""
-
-    def __init__(self, folder, name, columns, step):
-        self.file = None
-        if rank():
-            return
-        rows = []
-        if step and (folder / name).exists():
-            with open(folder / name, newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
-        self.file = open(folder / name, "w", newline="")
-        self.add([columns, *rows])
-
-    def add(self, rows):
-        if self.file:
-            csv.writer(self.file).writerows(rows)
-            self.file.flush()
-
-
-class Board:
-    """The same numbers, and pictures, for TensorBoard in RUN/tensorboard; without --tensorboard nothing is written."""
-
-    def __init__(self, folder, wanted, start):
-        self.writer = None
-        if wanted and not rank():
-            self.writer = summary_writer()(folder / "tensorboard", purge_step=start + 1 if start else None)
-
-    def add_rows(self, columns, rows, group):
-        for row in rows if self.writer else ():
-            for name, value in zip(columns, row[1:]):
-                self.writer.add_scalar(f"{group}/{name}", float(value), int(row[0]))
-
-    def add_picture(self, step, student, val_set):
-        if self.writer:
-            picture = draw_comparison([student.fold()], ["student"], val_set, spread(len(val_set), 2))
-            self.writer.add_image("val", np.asarray(picture), step, dataformats="HWC")
-            self.writer.flush()
-
-
-def summary_writer():
-    """-> TensorBoard's writer class. Raises UsageError where the package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    return SummaryWriter
-
-
-def git_commit():
-    """The code's commit, "" outside a repository or without git."""
-    try:
-        result = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        return result.stdout.strip()
-    except OSError:
-        return ""
-
-
 # ---------------------------------------------------------------- the run
 
 def train(args):
     """The whole run, from the flags to the last table."""
+    args.resume = args.resume or restarted(args) or None
     folder, saved = find_run(args) if args.resume else (None, None)
     args = settle(args, saved)
     if args.tensorboard:
@@ -320,8 +260,12 @@ def train(args):
     args.eval_every = args.eval_every or max(min(args.iters, 20), args.iters // 40)
     if saved and saved["training"]["total_batch"] != total_batch:
         raise UsageError(f"{folder} was trained with {saved['training']['total_batch']} images a step, this would be {total_batch}")
+    if saved and saved["training"]["step"] > args.iters:
+        raise UsageError(f"{folder} has {saved['training']['step']} steps behind it already: --iters can only grow")
 
-    pixel_counts(val_set)                                         # a wrong validation label is said now, not after an hour
+    pixel_counts(val_set)                                         # what is wrong with the data is said now, not after an hour
+    train_set.glance()
+    val_set.glance()
     student, teacher, objective = make_networks(args, train_set, device, folder / "last.pth" if saved else None)
     optimizer = make_optimizer(objective, args, device)
     check_owned(objective, optimizer)
@@ -338,52 +282,84 @@ def train(args):
     if teacher is not None:
         record["teacher_scores"] = record["teacher_scores"] or evaluate_together(teacher, val_set, show_progress("teacher"))
         print(f"teacher {args.teacher}: mIoU {100 * record['teacher_scores']['miou']:.2f} % on {val_set.name} {held_out(args)}, full resolution", flush=True)
-    columns, score_columns = ["step", "lr", "loss", *objective.weights], ["step", "miou", "macc", "aacc", *train_set.classes]
+    columns = ["step", "lr", "loss", *objective.weights, "grad_norm"]
+    score_columns = ["step", "miou", "macc", "aacc", *train_set.classes]
     log, score_log, board = Log(folder, "log.csv", columns, start), Log(folder, "scores.csv", score_columns, start), Board(folder, args.tensorboard, start)
 
     stream = Stream(train_set, Augment(args.crop, train_set.size, args.scale_range, args.augment), args.seed)
     batches = iter(make_loader(stream, start, args, total_batch, device))
     parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
     pending, clock = [], time.time()
-    for step in range(start, args.iters):
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank())         # drop-path and dropout of this step
-        lr = learning_rate(step, args.iters, args.lr, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        images, labels = (part.to(device, non_blocking=True) for part in next(batches))
-        objective.train()
-        optimizer.zero_grad(set_to_none=True)
-        values = train_step(parallel, teacher, optimizer, scaler, images.float() / 255, labels, args, cast)
-        if step == start:
-            check_gradients(objective)
-        done = step + 1
-        pending.append((done, lr, values))
 
-        evaluates = done % args.eval_every == 0 or done == args.iters
-        if len(pending) == REPORT_EVERY or evaluates:             # one wait for the device, not one a step
-            rows = read_losses(pending, objective.weights, folder)
-            log.add(rows)
-            board.add_rows(columns[1:], rows, "train")
-            speed = len(pending) * total_batch / (time.time() - clock)
-            print_progress(done, args.iters, rows[-1], objective.weights, speed, total_batch)
-            pending.clear()
-        if evaluates:
-            result = evaluate_together(student, val_set, show_progress("val"))        # NotFinite comes before anything is saved
-            better = result["miou"] > record["best_scores"]["miou"] if record["best_scores"] else True
-            record |= dict(step=done, best_scores=result | {"step": done}) if better else dict(step=done)
-            print_scores(done, result, val_set, better, args)
-            row = [done, *(f"{value:.6f}" for value in (result["miou"], result["macc"], result["aacc"], *result["iou"]))]
-            score_log.add([row])
-            board.add_rows(score_columns[1:], [row], "val")
-            board.add_picture(done, student, val_set)
-            if rank() == 0:
-                if better:
+    def report():
+        """Read the losses of the pending steps from the device, once for all of them, and write them down."""
+        rows = read_losses(pending, objective.weights, folder, record if scaler.is_enabled() else None)
+        log.add(rows)
+        board.add_rows(columns[1:], rows, "train")
+        speed = len(pending) * total_batch / (time.time() - clock)
+        print_progress(rows[-1], args.iters, objective.weights, speed, total_batch, record["skipped"])
+        pending.clear()
+
+    def save(step):
+        record["step"] = step
+        if rank() == 0:
+            save_last(student, folder, dict(
+                record, args=vars(args), total_batch=total_batch, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                projections=objective.projections.state_dict() if teacher is not None else None))
+
+    if not start:
+        save(0)                                                   # from here on there is always something to resume
+    with Stop() as stop:
+        for step in range(start, args.iters):
+            done = step + 1
+            torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank())     # drop-path and dropout of this step
+            lr = learning_rate(step, args.iters, args.lr, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            try:
+                images, labels = (part.to(device, non_blocking=True) for part in next(batches))
+            except (DatasetError, RuntimeError) as error:         # a broken frame; or a worker that SIGTERM ended before us
+                if not stop.number and not isinstance(error, DatasetError):
+                    raise
+                if pending:
+                    report()
+                save(step)
+                if stop.number:
+                    raise Stopped(stop.number, step, folder) from None
+                raise
+            objective.train()
+            optimizer.zero_grad(set_to_none=True)
+            try:
+                values = train_step(parallel, teacher, optimizer, scaler, images.float() / 255, labels, args, cast)
+            except NotFinite as error:
+                if pending:
+                    report()
+                raise NotFinite(f"step {done}: {error}; stopped, {advice(folder)}") from None
+            if step == start:
+                check_gradients(objective)
+            pending.append((done, lr, values))
+
+            evaluates = done % args.eval_every == 0 or done == args.iters
+            number = stop.asked(device, done % REPORT_EVERY == 0 or evaluates)
+            if len(pending) == REPORT_EVERY or evaluates or number:
+                report()
+            if evaluates:
+                result = evaluate_together(student, val_set, show_progress("val"))    # NotFinite comes before anything is saved
+                better = result["miou"] > record["best_scores"]["miou"] if record["best_scores"] else True
+                record["best_scores"] = result | {"step": done} if better else record["best_scores"]
+                print_scores(done, result, val_set, better, args)
+                row = [done, *(f"{value:.6f}" for value in (result["miou"], result["macc"], result["aacc"], *result["iou"]))]
+                score_log.add([row])
+                board.add_rows(score_columns[1:], [row], "val")
+                board.add_picture(done, student, val_set)
+                if better and rank() == 0:
                     save_checkpoint(student, folder / "best.pth", scores=result, step=done)
-                save_checkpoint(student, folder / "last.pth", scores=result, step=done, training=dict(
-                    record, args=vars(args), total_batch=total_batch, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                    projections=objective.projections.state_dict() if teacher is not None else None))
-        if not pending:
-            clock = time.time()
+            if evaluates or number:
+                save(done)
+            if number and done < args.iters:
+                raise Stopped(number, done, folder)
+            if not pending:
+                clock = time.time()
     if rank() == 0:
         finish(args, folder, teacher, record, val_set)
     if dist.is_initialized():
@@ -429,15 +405,17 @@ def make_networks(args, train_set, device, resumed):
 
 
 def restore(saved, objective, optimizer, scaler):
-    """Put the state of a last.pth (or None: a new run) beside the student's. -> {"step", "best_scores", "teacher_scores"}"""
+    """Put the state of a last.pth (or None: a new run) beside the student's. -> {"step", "best_scores", "teacher_scores",
+    "skipped": steps that the scaler left out, "skipped_in_a_row"}"""
+    record = dict(step=0, best_scores=None, teacher_scores=None, skipped=0, skipped_in_a_row=0)
     if not saved:
-        return dict(step=0, best_scores=None, teacher_scores=None)
+        return record
     state = saved["training"]
     if objective.projections is not None:
         objective.projections.load_state_dict(state["projections"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    return {name: state[name] for name in ("step", "best_scores", "teacher_scores")}
+    return {name: state.get(name, value) for name, value in record.items()}
 
 
 def choose_class_weights(args, train_set):
@@ -452,28 +430,46 @@ def make_loader(stream, start, args, total_batch, device):
     local = args.batch_size * args.accum
     first = [step * total_batch + rank() * local for step in range(start, args.iters)]
     return torch.utils.data.DataLoader(stream, batch_sampler=[range(n, n + local) for n in first], num_workers=args.workers,
-                                       pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
+                                       pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None,
+                                       worker_init_fn=deaf_worker)
 
 
-def read_losses(pending, weights, folder):
-    """[(step, lr, values)] -> rows of the log; one read from the device for all. Raises NotFinite, naming the term."""
+def read_losses(pending, weights, folder, skips):
+    """[(step, lr, values)] -> rows of the log; one read from the device for all.
+
+    skips: the record that counts the steps which the fp16 scaler left out, or None without a scaler. Raises NotFinite, naming
+    the term and the step, for a loss that is not finite, for a gradient without a scaler, and for SKIPS steps left out in a row.
+    """
     values = torch.stack([values for _, _, values in pending]).tolist()
     rows = []
-    for (step, lr, _), terms in zip(pending, values):
+    for (step, lr, _), (*terms, norm) in zip(pending, values):
         broken = [f"{name} is {value}" for name, value in zip(weights, terms) if not math.isfinite(value)]
+        if not math.isfinite(norm) and not broken:
+            if skips is None:
+                broken = [f"the gradient is not finite, at finite {', '.join(f'{name} {value:.4g}' for name, value in zip(weights, terms))}"]
+            else:
+                skips["skipped"], skips["skipped_in_a_row"] = skips["skipped"] + 1, skips["skipped_in_a_row"] + 1
+        elif skips is not None:
+            skips["skipped_in_a_row"] = 0
+        if skips is not None and skips["skipped_in_a_row"] >= SKIPS:
+            broken = [f"the gradient overflowed fp16 in {SKIPS} steps in a row, though the scaler halved its scale each time"]
         if broken:
-            raise NotFinite(f"step {step}: {' and '.join(broken)}; stopped, the last good checkpoint is {folder}/last.pth "
-                            "(if it is there). A smaller --lr, --grad-clip 1 or --amp off may help")
+            raise NotFinite(f"step {step}: {' and '.join(broken)}; stopped, {advice(folder)}")
         total = sum(weight * value for weight, value in zip(weights.values(), terms))
-        rows.append([step, f"{lr:.8g}", f"{total:.8g}", *(f"{value:.8g}" for value in terms)])
+        rows.append([step, f"{lr:.8g}", f"{total:.8g}", *(f"{value:.8g}" for value in (*terms, norm))])
     return rows
 
 
-def print_progress(done, iters, row, weights, speed, total_batch):
+def advice(folder):
+    return f"the last good checkpoint is {folder}/last.pth. A smaller --lr, --grad-clip 1 or --amp off may help"
+
+
+def print_progress(row, iters, weights, speed, total_batch, skipped):
     terms = " + ".join(f"{weight:g} {name} {float(value):.4f}" for (name, weight), value in zip(weights.items(), row[3:]))
-    left = round((iters - done) * total_batch / speed)
-    print(f"step {done}/{iters}  loss {float(row[2]):.4f} = {terms}  lr {float(row[1]):.2e}  {speed:.1f} images/s  "
-          f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
+    left = round((iters - row[0]) * total_batch / speed)
+    print(f"step {row[0]}/{iters}  loss {float(row[2]):.4f} = {terms}  lr {float(row[1]):.2e}  {speed:.1f} images/s  "
+          f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+          + (f"  {skipped} steps skipped: fp16 overflow" if skipped else ""), flush=True)
 
 
 def held_out(args):
@@ -505,11 +501,6 @@ def announce(args, folder, device, student, train_set, val_set, objective, total
     print(f"{args.iters} steps of {total_batch} images = {args.batch_size} x {args.accum} accumulated x {world_size()} processes, "
           f"{args.iters * total_batch / len(train_set):.1f} epochs, seed {args.seed}; writing to {folder}"
           + (f"; resuming after step {start}" if start else ""), flush=True)
-
-
-def spread(count, some):
-    """At most `some` indices, evenly over range(count)."""
-    return np.linspace(0, count - 1, min(some, count)).astype(int).tolist()
 
 
 def finish(args, folder, teacher, record, val_set):
@@ -646,6 +637,17 @@ def main():
     except NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "peer", "onnection")):
+            raise
+        print("error: the connection to another process of this run broke: that one failed, and its own message says why", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(stopped.code)
+    except KeyboardInterrupt:
+        print("stopped at once; what was saved before is whole", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         print(f"error: {error.filename or 'cannot write'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)

@@ -1,8 +1,11 @@
 """The data sets on small trees written here, real CamVid where it is, augmentation, folds, the stream, and every bad input."""
 
 import shutil
+import struct
 import sys
 import time
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -383,3 +386,68 @@ def test_camvid_in_colours_is_read_as_the_eleven_classes(layout, tmp_path):
 def test_camvids_split_by_name_is_the_official_one():
     for split in data.SPLITS:
         assert {data.camvid_split(stem) for stem in open_dataset(f"camvid:{CAMVID}", split).stems} == {split}
+
+
+def broken_image(kind, path):
+    """Overwrite the image at `path` (48x40) with one of its kind."""
+    good = Image.open(path).convert("RGB")
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "16 bit":
+        Image.fromarray(np.zeros((40, 48), np.uint16)).save(path)
+    elif kind == "turned":
+        exif = Image.Exif()
+        exif[data.ORIENTATION] = 6
+        good.save(path, exif=exif)
+    elif kind == "gigapixel":
+        head = bytearray(path.read_bytes())
+        head[16:24] = struct.pack(">II", 60_000, 60_000)
+        head[29:33] = struct.pack(">I", zlib.crc32(bytes(head[12:29])))
+        path.write_bytes(head)
+    elif kind == "animated":
+        good.save(path, save_all=True, append_images=[Image.new("RGB", good.size, (i, 0, 0)) for i in (1, 2)])
+    elif kind == "text":
+        path.write_text("not an image")
+    elif kind == "link in a circle":
+        path.unlink()
+        path.symlink_to(path.name)
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+
+
+BROKEN = {"truncated": "not an image", "empty": "not an image", "16 bit": "8 bits a channel", "turned": "EXIF orientation 6", "gigapixel": "not an image",
+          "animated": "an animation of 3 pictures", "text": "not an image", "link in a circle": "frame_3.png", "folder": "not an image"}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_images_are_known_at_the_start(kind, folder):
+    """By a read, by the glance at a run's start where head or tail tell, and by the check, which goes on to the next file."""
+    path = Path(folder.partition(":")[2]) / "images" / "frame_3.png"
+    broken_image(kind, path)
+    with pytest.raises(DatasetError, match=BROKEN[kind]) as caught:
+        open_dataset(folder, "train")[3]
+    assert "frame_3.png" in str(caught.value) and "\n" not in str(caught.value)
+    if kind not in ("16 bit", "turned", "animated"):              # these three are well-formed: the first read tells
+        with pytest.raises(DatasetError, match="frame_3.png"):
+            open_dataset(folder, "train").glance()
+    assert len(data.check(open_dataset(folder, "train"))[2]) == 1
+
+
+@pytest.mark.parametrize("mode, suffix", [("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("L", "png"), ("1", "png"), ("RGB", "jpg")])
+def test_unusual_images_are_read_as_rgb(mode, suffix, tmp_path):
+    Image.new("RGB", (48, 40), (204, 51, 0)).convert(mode).save(tmp_path / f"ü b.{suffix}")
+    image = data.read_picture(tmp_path / f"ü b.{suffix}")
+    assert image.shape == (40, 48, 3) and image.dtype == np.uint8
+    if mode in ("P", "RGBA", "CMYK", "RGB"):
+        assert np.abs(image.astype(int) - [204, 51, 0]).max() < 30
+
+
+def test_the_suffix_may_lie_about_an_image_but_not_about_a_label(tmp_path):
+    Image.new("RGB", (48, 40), (200, 30, 60)).save(tmp_path / "x.png", format="JPEG")
+    assert data.read_picture(tmp_path / "x.png").shape == (40, 48, 3)
+    Image.new("L", (48, 40)).save(tmp_path / "y.png", format="JPEG")
+    with pytest.raises(DatasetError, match="JPEG changes the ids"):
+        data.read_picture(tmp_path / "y.png", "ids")

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 import model as model_file
+from conftest import ROOT, command
 from model import (MEAN, NORMS, SIZES, STD, CheckpointError, Decoder, DyL, DyT, Reduce, dyt, dyt_dyl, dyt_dyl_ln, load_checkpoint,
                    save_checkpoint, segformer)
 from nvlabs import Flat, segmenter
@@ -420,3 +421,9 @@ def test_what_cannot_be_rebuilt_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="b7"):
         segformer("b7", 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_checkpoints_are_refused_or_loaded():
+    """A few of the thousands that `python tests/fuzz.py` tries."""
+    output = command(ROOT / "tests" / "fuzz.py", "--count", 25)
+    assert output.count("25 files") == 4 and output.count("refused") == 4
