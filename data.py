@@ -83,19 +83,7 @@ def read_picture(path, mode=None, upright=False):
     held (EXIF), for photos; the frames of a data set stay as their labels are. Raises DatasetError."""
     try:
         with Image.open(path) as picture:
-            if mode == "ids or colours":
-                mode = None if picture.mode in ("RGB", "RGBA") else "ids"
-            if mode == "ids" and picture.mode not in ("L", "P"):
-                raise DatasetError(f"{path}: a label must be an 8-bit image of class ids, this one is {picture.mode}")
-            if mode == "ids" and picture.format == "JPEG":
-                raise DatasetError(f"{path}: a label must be a .png, JPEG changes the ids")
-            if not upright and getattr(picture, "n_frames", 1) > 1:
-                raise DatasetError(f"{path}: an animation of {picture.n_frames} pictures, not one picture")
-            if not upright and picture.getexif().get(ORIENTATION, 1) != 1:
-                raise DatasetError(f"{path}: marked as turned by the camera (EXIF orientation {picture.getexif()[ORIENTATION]}), and its label could be "
-                                   "of either way up: save both upright")
-            if picture.mode.startswith(("I", "F")):
-                raise DatasetError(f"{path}: an image must have 8 bits a channel, this one is {picture.mode}")
+            mode = refuse(picture, path, mode, upright)
             return np.array(picture if mode == "ids" else (ImageOps.exif_transpose(picture) if upright else picture).convert("RGB"))
     except FileNotFoundError:
         raise DatasetError(f"{path}: there is no such file") from None
@@ -106,16 +94,37 @@ def read_picture(path, mode=None, upright=False):
         raise DatasetError(f"{path}: not an image that can be read ({reason})") from None
 
 
-def glance(path):
+def refuse(picture, path, mode, upright=False):
+    """Raise DatasetError for an opened picture that is not what `mode` (of `read_picture`) says. -> None or "ids", as it is read"""
+    if mode == "ids or colours":
+        mode = None if picture.mode in ("RGB", "RGBA") else "ids"
+    if mode == "ids" and picture.mode not in ("L", "P"):
+        raise DatasetError(f"{path}: a label must be an 8-bit image of class ids, this one is {picture.mode}")
+    if mode == "ids" and picture.format == "JPEG":
+        raise DatasetError(f"{path}: a label must be a .png, JPEG changes the ids")
+    if not upright and getattr(picture, "n_frames", 1) > 1:
+        raise DatasetError(f"{path}: an animation of {picture.n_frames} pictures, not one picture")
+    turned = picture.getexif().get(ORIENTATION, 1) if "exif" in picture.info and not upright else 1
+    if turned != 1:
+        raise DatasetError(f"{path}: marked as turned by the camera (EXIF orientation {turned}), and its label could be of either way up: save both upright")
+    if picture.mode.startswith(("I", "F")):
+        raise DatasetError(f"{path}: an image must have 8 bits a channel, this one is {picture.mode}")
+    return mode
+
+
+def glance(path, mode=None):
     """-> (H, W) from a picture's head; a file that does not end as it should is read whole. Raises DatasetError."""
     try:
         with Image.open(path) as picture, open(path, "rb") as file:
             file.seek(-min(os.path.getsize(path), 64), os.SEEK_END)
             tail, size = file.read(), (picture.height, picture.width)
+            refuse(picture, path, mode)
+    except DatasetError:
+        raise
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):
-        return read_picture(path).shape[:2]                       # its sentence
+        return read_picture(path, mode).shape[:2]                 # its sentence
     if b"IEND" not in tail and b"\xff\xd9" not in tail:
-        read_picture(path)
+        read_picture(path, mode)
     return size
 
 
@@ -191,7 +200,7 @@ class Files(Dataset):
     def glance(self):
         """Look at every file's head and tail, in milliseconds each: what is broken is said before an hour of training."""
         for i, paths in enumerate(self.paths):
-            sizes = [glance(path) for path in paths]
+            sizes = [glance(path, mode) for path, mode in zip(paths, (None, "ids or colours" if self.classes == list(CAMVID) else "ids"))]
             if sizes[0] != sizes[1]:
                 self.finish(i, np.empty((*sizes[0], 3), np.uint8), np.empty(sizes[1], np.uint8))         # its error
 
