@@ -441,7 +441,7 @@ def test_same_seed_same_run_other_seed_another(tmp_path, folder):
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="CamVid is not in ../shared/camvid")
 def test_real_camvid_trains(tmp_path):
-    command("train.py", "--data", f"camvid:{CAMVID}", "--iters", 2, "--crop", 64, 64, "--batch-size", 1, "--fold", 1, "--eval-every", 5,
+    command("train.py", "--data", f"camvid:{CAMVID}", "--iters", 2, "--crop", 64, 64, "--batch-size", 1, "--eval-every", 5,
             "--workers", 2, "--out", tmp_path / "run")
     assert load_checkpoint(tmp_path / "run" / "best.pth").input_size == (288, 384)
 
