@@ -29,8 +29,10 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = 255                                                      # the label of void pixels, to the very end
+BAND = 2 ** 22                                                    # floats of a (B, C, H, W) map that exist at a time: 16 MiB
 
 
 # ---------------------------------------------------------------- shared by all
@@ -54,16 +56,33 @@ def full_precision(loss):
     return run
 
 
-def resize(logits, labels):
-    """Logits (B, C, h, w) at the size of labels (B, H, W), bilinear -> (B, C, H, W)."""
-    if logits.shape[2:] == labels.shape[1:]:
-        return logits
-    return F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+def sum_over_pixels(expression, labels, *logits):
+    """The sum over the pixels of expression(labels, *logits), which returns a tensor of sums.
+
+    labels (B, H, W), each of logits (B, C, h, w), resized to H x W, bilinear. The network's logits are small, and it is the
+    maps (B, C, H, W) made of them that fill a memory: they exist for a band of rows at a time, in the backward pass too,
+    where `checkpoint` computes a band again.
+    """
+    (B, H, W), (C, h) = labels.shape, logits[0].shape[1:3]
+    rows = max(1, BAND * h // (B * C * H * W))                    # of the logits in a band
+    if rows >= h or H % h or torch.compiler.is_compiling():       # small; or no whole number of rows for each; or fused anyway
+        return expression(labels, *(resize(x, (H, W)) for x in logits))
+    times, total = H // h, 0
+
+    def band(labels, above, *logits):
+        wide = (resize(x, (x.shape[2] * times, W))[:, :, above * times:] for x in logits)
+        return expression(labels, *(x[:, :, :labels.shape[1]] for x in wide))
+
+    for top in range(0, h, rows):
+        above, bottom = min(top, 1), min(top + rows, h)           # one row more on each side, for the interpolation
+        parts = (x[:, :, top - above:bottom + 1] for x in logits)
+        total = total + checkpoint(band, labels[:, top * times:bottom * times], above, *parts, use_reentrant=False, preserve_rng_state=False)
+    return total
 
 
-def mean_over(values, valid):
-    """Mean of `values` where `valid`, both (B, H, W); 0 where nothing is."""
-    return (values * valid).sum() / valid.sum().clamp(min=1)
+def resize(logits, size):
+    """Logits (B, C, h, w) at `size` (H, W), bilinear -> (B, C, H, W)."""
+    return logits if logits.shape[2:] == tuple(size) else F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 # ---------------------------------------------------------------- supervision (eq. 3)
@@ -83,10 +102,10 @@ def weighted_cross_entropy(logits, labels, weight=None):
 
     logits (B, C, h, w), labels int (B, H, W), weight (C,) or None for ones -> scalar.
     """
-    logits, labels = resize(logits, labels), labels.long()
+    labels, valid = labels.long(), labels != IGNORE
     weight = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits)
-    loss = F.cross_entropy(logits, labels, weight, ignore_index=IGNORE, reduction="sum")
-    return loss / weight[labels[labels != IGNORE]].sum().clamp(min=torch.finfo(logits.dtype).tiny)
+    loss = sum_over_pixels(lambda labels, logits: F.cross_entropy(logits, labels, weight, ignore_index=IGNORE, reduction="sum"), labels, logits)
+    return loss / (weight[labels.where(valid, 0)] * valid).sum().clamp(min=torch.finfo(logits.dtype).tiny)
 
 
 # ---------------------------------------------------------------- distillation (eq. 4-8)
@@ -98,14 +117,14 @@ def kl_distillation(student_logits, teacher_logits, temperature=1.0, labels=None
     Logits (B, C, h, w) each; the mean is over the pixels. With labels (B, H, W) it is taken at their size and without the
     void pixels. T^2 keeps the size of the gradient when T changes. -> scalar
     """
-    teacher_logits = teacher_logits.detach()
-    if labels is not None:
-        student_logits, teacher_logits = resize(student_logits, labels), resize(teacher_logits, labels)
-    log_student = F.log_softmax(student_logits / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1)         # (B, H, W)
-    valid = torch.ones_like(divergence, dtype=torch.bool) if labels is None else labels != IGNORE
-    return temperature ** 2 * mean_over(divergence, valid)
+    def divergence(labels, student, teacher):                                     # (B, H, W), (B, C, H, W) twice
+        log_student, log_teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
+        return ((log_teacher.exp() * (log_teacher - log_student)).sum(1) * (labels != IGNORE)).sum()
+
+    if labels is None:
+        labels = student_logits.new_zeros((len(student_logits), *student_logits.shape[2:]), dtype=torch.uint8)       # no void
+    total = sum_over_pixels(divergence, labels, student_logits, teacher_logits.detach())
+    return temperature ** 2 * total / (labels != IGNORE).sum().clamp(min=1)
 
 
 def cosine(a, b, dim, eps=1e-8):
@@ -168,11 +187,13 @@ def dice_loss(logits, labels, eps=1.0):
 
     logits (B, C, h, w), labels (B, H, W) -> scalar.
     """
-    p = resize(logits, labels).softmax(1)                                         # (B, C, H, W)
-    classes, valid = p.shape[1], labels != IGNORE
-    g = F.one_hot(labels.long().where(valid, 0), classes).movedim(-1, 1)          # (B, C, H, W)
-    p, g = p * valid[:, None], g * valid[:, None]
-    overlap, total = (p * g).sum((0, 2, 3)), p.sum((0, 2, 3)) + g.sum((0, 2, 3))  # (C,) each
+    def sums(labels, logits):                                                     # (B, H, W), (B, C, H, W)
+        classes, valid = logits.shape[1], labels != IGNORE
+        g = F.one_hot(labels.where(valid, 0), classes).movedim(-1, 1) * valid[:, None]              # (B, C, H, W)
+        p = logits.softmax(1) * valid[:, None]                                    # (B, C, H, W)
+        return torch.stack([(p * g).sum((0, 2, 3)), p.sum((0, 2, 3)) + g.sum((0, 2, 3))])           # (2, C)
+
+    overlap, total = sum_over_pixels(sums, labels.long(), logits)                 # (C,) each
     return (1 - (2 * overlap + eps) / (total + eps)).mean()
 
 
@@ -183,13 +204,16 @@ def focal_loss(logits, labels, alpha=None, gamma=2.0):
     p is the plain softmax. Weighting the cross-entropy first and taking p = exp(-CE) from it would give p^alpha.
     logits (B, C, h, w), labels (B, H, W) -> scalar.
     """
-    logits, labels = resize(logits, labels), labels.long()
-    valid = labels != IGNORE
-    target = labels.where(valid, 0)                                               # any class: masked out below
-    log_p = F.log_softmax(logits, 1).gather(1, target[:, None]).squeeze(1)        # (B, H, W)
-    miss = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)         # 1 - p, exact near p = 1; never 0 ** gamma
-    loss = -miss ** gamma * log_p                                                 # (B, H, W)
-    return mean_over(loss if alpha is None else alpha.to(loss)[target] * loss, valid)
+    alpha = logits.new_ones(logits.shape[1]) if alpha is None else alpha.to(logits)
+
+    def loss(labels, logits):                                                     # (B, H, W), (B, C, H, W)
+        valid = labels != IGNORE
+        target = labels.where(valid, 0)                                           # any class: masked out below
+        log_p = F.log_softmax(logits, 1).gather(1, target[:, None]).squeeze(1)    # (B, H, W)
+        miss = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)     # 1 - p, exact near p = 1; never 0 ** gamma
+        return (-alpha[target] * miss ** gamma * log_p * valid).sum()
+
+    return sum_over_pixels(loss, labels.long(), logits) / (labels != IGNORE).sum().clamp(min=1)
 
 
 def dice_focal_loss(logits, labels, alpha=None, gamma=2.0, lambda_dice=0.5):

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # Widths and depths of the four stages and the decoder's width D ([1] Table 6).
 WIDE = (64, 128, 320, 512)
@@ -186,8 +187,14 @@ class MixFFN(nn.Module):
         self.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
+    def contract(self, hidden):                                   # (B, H, W, 4C)
+        return self.fc2(F.gelu(hidden))                           # (B, H, W, C)
+
     def forward(self, x):                                         # (B, H, W, C)
         fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
+        if torch.is_grad_enabled():                               # gelu's wide map is computed again for the gradients, not kept
+            hidden = as_tokens(dwconv(as_image(fc1(x))))          # (B, H, W, 4C)
+            return checkpoint(self.contract, hidden, use_reentrant=False, preserve_rng_state=False)
         out = None
         for part in slices(fc1.out_features, x):                  # n of the 4C hidden channels
             hidden = F.linear(x, fc1.weight[part], fc1.bias[part])                  # (B, H, W, n)
@@ -290,10 +297,11 @@ class Decoder(nn.Module):
     def forward(self, stages):                                    # four of (B, C_i, H_i, W_i)
         if not self.training and not torch.is_grad_enabled():
             return classify(stages, *self.folded(), self.classifier)
-        x = fuse_stages(stages, *self.products())                 # (B, D, H/4, W/4)
-        x = self.dropout(F.relu(self.norm(x), inplace=True))      # (B, D, H/4, W/4)
-        logits = F.linear(as_tokens(x), self.classifier.weight.flatten(1), self.classifier.bias)    # a conv's gradient would
-        return as_image(logits).contiguous()                      # (B, num_classes, H/4, W/4)      come back in the other layout
+        x = F.relu(self.norm(fuse_stages(stages, *self.products())), inplace=True)                  # (B, D, H/4, W/4)
+        kept = self.dropout(x.new_ones(*x.shape[:2], 1, 1))       # (B, D, 1, 1): it scales whole channels, so in place of the
+        matrix = self.classifier.weight.flatten(1) * kept.flatten(1)[:, None]       # (B, num_classes, D)      map: the matrix
+        logits = as_tokens(x).flatten(1, 2) @ matrix.transpose(1, 2) + self.classifier.bias         # (B, H/4*W/4, num_classes)
+        return as_image(logits.unflatten(1, x.shape[2:])).contiguous()              # (B, num_classes, H/4, W/4)
 
 
 class FoldedDecoder(nn.Module):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+import losses
 from losses import (IGNORE, Projections, class_weights, cskd, dice_focal_loss, dice_loss, focal_loss, kl_distillation, pekd,
                     weighted_cross_entropy)
 
@@ -193,6 +194,23 @@ def test_quarter_size_logits_are_resized_bilinearly_first(batch, loss):
     large = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)                # (B, 4H, 4W)
     resized = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)
     assert loss(logits, large).item() == pytest.approx(loss(resized, large).item())
+
+
+@pytest.mark.parametrize("loss", LABEL_LOSSES)
+@pytest.mark.parametrize("size", [(28, 20), (28, 19), (7, 5)])
+def test_bands_of_rows_add_up_to_the_whole(loss, size, monkeypatch):
+    """Value and gradient, for bands of one row, of three, and of all; logits at a quarter of the labels and as large."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(B, C, 7, 5, dtype=torch.float64, requires_grad=True), torch.randint(0, C, (B, *size))
+    labels[:, :2] = IGNORE
+    results = []
+    for rows in (1, 3, 7):
+        monkeypatch.setattr(losses, "BAND", rows * B * C * size[0] * size[1] // 7)
+        value = loss(logits, labels)
+        results.append((value, *torch.autograd.grad(value, logits)))
+    for value, gradient in results[:2]:
+        torch.testing.assert_close(value, results[2][0])
+        torch.testing.assert_close(gradient, results[2][1])
 
 
 # ---------------------------------------------------------------- what must hold of all of them

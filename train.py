@@ -55,7 +55,7 @@ SUITS = {
     "cityscapes": dict(augment="plain"),
     "folder": dict(crop=[512, 512]),
 }
-MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every", "tensorboard")        # on resume; the rest is the experiment
+MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every", "tensorboard", "cache", "compile")      # on resume; the rest is the experiment
 SKIPS = 20                                                        # steps that fp16's scaler may leave out in a row
 REPORT_EVERY = 20                                                 # steps between two reads of the losses from the device
 
@@ -122,7 +122,7 @@ def make_optimizer(objective, args, device):
     trained = [p for p in objective.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=args.weight_decay),
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
 
 
 def check_owned(objective, optimizer):
@@ -254,7 +254,7 @@ def train(args):
     if args.tensorboard:
         summary_writer()                                          # absent: said before anything is done
     device = join_processes(args.device)
-    train_set, val_set = (open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by) for split in ("train", "val"))
+    train_set, val_set = (open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by, cache=args.cache) for split in ("train", "val"))
     total_batch = args.batch_size * args.accum * world_size()
     args.iters = args.iters or math.ceil(args.epochs * len(train_set) / total_batch)
     args.eval_every = args.eval_every or max(min(args.iters, 20), args.iters // 40)
@@ -282,6 +282,8 @@ def train(args):
     if teacher is not None:
         record["teacher_scores"] = record["teacher_scores"] or evaluate_together(teacher, val_set, show_progress("teacher"))
         print(f"teacher {args.teacher}: mIoU {100 * record['teacher_scores']['miou']:.2f} % on {val_set.name} {held_out(args)}, full resolution", flush=True)
+    if args.compile:
+        compile_networks(objective, teacher)
     columns = ["step", "lr", "loss", *objective.weights, "grad_norm"]
     score_columns = ["step", "miou", "macc", "aacc", *train_set.classes]
     log, score_log, board = Log(folder, "log.csv", columns, start), Log(folder, "scores.csv", score_columns, start), Board(folder, args.tensorboard, start)
@@ -329,6 +331,7 @@ def train(args):
                 raise
             objective.train()
             optimizer.zero_grad(set_to_none=True)
+            began = time.time()
             try:
                 values = train_step(parallel, teacher, optimizer, scaler, images.float() / 255, labels, args, cast)
             except NotFinite as error:
@@ -337,6 +340,9 @@ def train(args):
                 raise NotFinite(f"step {done}: {error}; stopped, {advice(folder)}") from None
             if step == start:
                 check_gradients(objective)
+                if args.compile:
+                    clock += time.time() - began                  # in images/s a compilation has no place
+                    print(f"compiled, with the first step in {time.time() - began:.0f} s", flush=True)
             pending.append((done, lr, values))
 
             evaluates = done % args.eval_every == 0 or done == args.iters
@@ -361,7 +367,8 @@ def train(args):
             if not pending:
                 clock = time.time()
     if rank() == 0:
-        finish(args, folder, teacher, record, val_set)
+        with torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():      # not for four pictures
+            finish(args, folder, teacher, record, val_set)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -402,6 +409,14 @@ def make_networks(args, train_set, device, resumed):
     if dist.is_initialized() and device.type == "cuda":
         objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     return student, teacher, objective
+
+
+def compile_networks(objective, teacher):
+    """--compile: the student with its losses, and the teacher, as compiled functions of a batch; validation stays eager."""
+    torch._inductor.config.fallback_random = True                 # eager's random numbers: the same drop-path, the same curve
+    objective.compile(dynamic=False)
+    if teacher is not None:
+        teacher.features, teacher.encode = (torch.compile(function, dynamic=False) for function in (teacher.features, teacher.encode))
 
 
 def restore(saved, objective, optimizer, scaler):
@@ -532,7 +547,7 @@ def settle(args, saved=None):
             name = changed[0]
             raise UsageError(f"--{name.replace('_', '-')} {given[name]} differs from the resumed run's {stored.get(name)}: "
                              "that would be another experiment; leave it out, or start a new run")
-        return argparse.Namespace(**(stored | given))
+        return argparse.Namespace(**({name: None for name in vars(args)} | stored | given))       # an older run lacks newer flags
     kind = given.get("data", PAPER["data"]).split(":")[0]
     suits = SUITS.get(kind, {})
     if "epochs" in given:
@@ -542,15 +557,15 @@ def settle(args, saved=None):
     full |= dict(workers=min(4, os.cpu_count() or 1)) | suits | given
     on_cuda = torch.cuda.is_available() and (full["device"] == "auto" or full["device"].startswith("cuda"))
     full["amp"] = full["amp"] if full["amp"] != "auto" else "fp16" if on_cuda else "off"
-    say_what_is_idle(given, full)
+    say_what_is_idle(given, full, kind)
     return argparse.Namespace(**full)
 
 
-def say_what_is_idle(given, full):
+def say_what_is_idle(given, full, kind):
     """A flag that was given and changes nothing beside the others is said."""
     idle = dict(scale_range=full["augment"] == "plain", folds=full["fold"] is None, fold_by=full["fold"] is None,
                 lambda_dice=full["loss"] == "wce", temperature=not full["lambda_kl"], lambda_m=not full["lambda_fd"],
-                lambda_s=not full["lambda_fd"], teacher=not (full["lambda_kl"] or full["lambda_fd"] or full["lambda_pe"]))
+                lambda_s=not full["lambda_fd"], cache=kind == "toy", teacher=not (full["lambda_kl"] or full["lambda_fd"] or full["lambda_pe"]))
     for name in idle:
         if name in given and idle[name]:
             print(f"note: --{name.replace('_', '-')} changes nothing in this run", file=sys.stderr)
@@ -603,7 +618,9 @@ def build_parser():
     add("--folds", type=number(int, 2), help="how many folds (default 2)")
     add("--fold-by", choices=("drive", "block", "shuffle"), help="whole drives, blocks of neighbours, or shuffled frames, which leak")
     add("--amp", choices=("auto", "fp16", "bf16", "off"), help="mixed precision; auto: fp16 on CUDA, else off")
+    add("--compile", action="store_true", default=None, help="torch.compile student, losses and teacher: the first step takes minutes, the others less time")
     add("--workers", type=number(int, 0), help="processes that read data (default: up to 4)")
+    add("--cache", metavar="DIR", help="keep decoded frames there, 4 bytes a pixel, shared by all workers and runs (default: decode each time)")
     add("--seed", type=number(int, 0, 2 ** 31), help="of weights, order, augmentation and dropout (default 0)")
     add("--eval-every", type=positive, help="steps between validations and checkpoints (default: a fortieth of the run; CamVid 1000, toy 100)")
     add("--tensorboard", action="store_true", default=None, help="also write scalars and pictures for TensorBoard to the run's folder")
@@ -637,6 +654,9 @@ def main():
     except NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(f"error: --compile failed ({str(error).strip().splitlines()[0]}); it needs a C++ compiler on a CPU, Triton on CUDA: install it, or leave --compile out", file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as error:
         if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "peer", "onnection")):
             raise

@@ -189,21 +189,59 @@ def test_crop_avoids_one_class_filling_it():
     label[:, 48:] = np.arange(16)                                 # only the right quarter is varied
     shares = []
     for seed in range(40):
-        left, top, right, bottom = choose_crop(Image.fromarray(label), (32, 32), np.random.default_rng(seed))
-        assert (right - left, bottom - top) == (32, 32)
-        shares.append((label[top:bottom, left:right] == 0).mean())
+        top, left = choose_crop(label, (32, 32), np.random.default_rng(seed))
+        assert 0 <= top <= 32 and 0 <= left <= 32
+        shares.append((label[top:top + 32, left:left + 32] == 0).mean())
     anywhere = [(label[:32, left:left + 32] == 0).mean() for left in range(33)]
     assert np.mean(np.array(shares) <= 0.75) > 0.95 and np.mean(np.array(anywhere) <= 0.75) < 0.6
 
 
 def test_photometric_distortion_changes_colours_only_within_bounds():
-    flat = Image.new("RGB", (4, 4), (120, 100, 80))
-    pixels = np.array([np.asarray(data.distort(flat, np.random.default_rng(s)))[0, 0] for s in range(300)], int)
+    flat = torch.tensor([120, 100, 80], dtype=torch.uint8)[:, None, None].expand(3, 4, 4)
+    pixels = np.array([data.distort(flat, np.random.default_rng(s)).numpy()[:, 0, 0] for s in range(300)], int)
     unchanged = (pixels == (120, 100, 80)).all(1).mean()
     assert 0.01 < unchanged < 0.2                                 # four coins: one in sixteen
-    assert pixels.min() >= 0 and pixels.max() > 180 and pixels.max() <= (120 + 32) * 1.5 + 1
+    assert pixels.min() >= 0 and pixels.max() > 180
     place = (pixels[:, 1] - pixels[:, 2]) / (pixels[:, 0] - pixels[:, 2])          # of green between blue and red: the hue
     assert place.min() < 0.3 and place.max() > 0.7
+    luminance = pixels @ data.LUMINANCE
+    assert luminance.max() <= 1.5 * (104 + 32) + 12 and luminance.min() >= 0.5 * (104 - 32) - 12       # the hue's turn moves it a little
+
+
+class Coins:
+    """In place of a generator: the coins fall so that only one of the four distortions is done, at `value`."""
+
+    def __init__(self, which, value):
+        self.coins, self.value = iter([0.0 if i == which else 1.0 for i in range(4)]), value
+
+    def random(self):
+        return next(self.coins)
+
+    def uniform(self, low, high):
+        assert low <= self.value <= high
+        return self.value
+
+
+@pytest.mark.parametrize("which, value, expected", [
+    (0, 20, lambda r, g, b: (r + 20, g + 20, b + 20)),
+    (1, 1.5, lambda r, g, b: (1.5 * r, 1.5 * g, 1.5 * b)),
+    (2, 0.5, lambda r, g, b: tuple(0.5 * x + 0.5 * (0.299 * r + 0.587 * g + 0.114 * b) for x in (r, g, b))),
+    (3, 18, lambda r, g, b: None)])
+def test_each_distortion_is_its_formula(which, value, expected):
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.integers(60, 150, (3, 5, 7)).astype(np.uint8))
+    result = data.distort(image, Coins(which, value)).numpy().astype(float)
+    for y, x in np.ndindex(5, 7):
+        r, g, b = image[:, y, x].tolist()
+        if which < 3:
+            assert np.abs(result[:, y, x] - expected(r, g, b)).max() <= 1
+        else:                                                     # the angle about the grey axis, by its definition
+            turned = complex(result[0, y, x] - (result[1, y, x] + result[2, y, x]) / 2, (result[1, y, x] - result[2, y, x]) * 3 ** 0.5 / 2)
+            before = complex(r - (g + b) / 2, (g - b) * 3 ** 0.5 / 2)
+            if abs(before) > 20:
+                angle = np.degrees(np.angle(turned / before))
+                assert abs(angle - 18) < 4 and abs(abs(turned) / abs(before) - 1) < 0.1
+            assert abs(result[:, y, x].sum() - (r + g + b)) <= 3
 
 
 # ---------------------------------------------------------------- the stream
@@ -452,3 +490,75 @@ def test_the_suffix_may_lie_about_an_image_but_not_about_a_label(tmp_path):
     Image.new("L", (48, 40)).save(tmp_path / "y.png", format="JPEG")
     with pytest.raises(DatasetError, match="JPEG changes the ids"):
         data.read_picture(tmp_path / "y.png", "ids")
+
+
+# ---------------------------------------------------------------- the cache
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_cached_frames_equal_decoded_ones_and_are_decoded_once(folder, tmp_path, monkeypatch):
+    plain, cached = open_dataset(folder, "train"), open_dataset(folder, "train", cache=tmp_path / "cache")
+    assert all(same(plain[i], cached[i]) for i in range(len(plain)))              # the first time: written
+    monkeypatch.setattr(data, "read_picture", lambda *args, **kwargs: pytest.fail("decoded again"))
+    again = open_dataset(folder, "train", cache=tmp_path / "cache")
+    image, label = again[0]
+    image += 1                                                    # what is read is the reader's own
+    monkeypatch.undo()
+    assert all(same(plain[i], again[i]) for i in range(len(plain)))
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".frame"] * len(plain)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_changed_file_is_decoded_again(folder, tmp_path, which):
+    dataset = open_dataset(folder, "train", cache=tmp_path / "cache")
+    before, path = [part.clone() for part in dataset[0]], dataset.paths[0][which]
+    Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    after = dataset[0]
+    assert (after[which] == 0).all() and not torch.equal(before[which], after[which]) and torch.equal(before[1 - which], after[1 - which])
+    assert len(list((tmp_path / "cache").iterdir())) == 1         # the old one is replaced, not left
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "longer", "foreign"])
+def test_a_damaged_cache_file_is_written_anew(folder, tmp_path, damage):
+    dataset = open_dataset(folder, "train", cache=tmp_path / "cache")
+    expected, file = [part.clone() for part in dataset[0]], dataset.cache.files[0]
+    content = file.read_bytes()
+    file.write_bytes({"empty": b"", "truncated": content[:-1], "longer": content + b"0", "foreign": b"x" * len(content)}[damage])
+    assert same(expected, dataset[0]) and file.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DatasetError, match="file: no folder for decoded frames can be made there"):
+        open_dataset(folder, "train", cache=tmp_path / "file")
+    dataset = open_dataset(folder, "train", cache=tmp_path / "cache")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data.os, "fsync", full)
+    with pytest.raises(DatasetError, match=r"cache: a decoded frame cannot be kept there \(No space left on device\); make room"):
+        dataset[0]
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_broken_frame_is_refused_with_a_cache_too(folder, tmp_path):
+    dataset = open_dataset(folder, "train", cache=tmp_path / "cache")
+    image = dataset.paths[0][0]
+    Image.fromarray(np.zeros((3, 3, 3), np.uint8)).save(image)
+    for _ in range(2):
+        with pytest.raises(DatasetError, match=f"{image.name}: the image has 3x3 pixels"):
+            dataset[0]
+    image.unlink()
+    with pytest.raises(DatasetError, match=f"{image.name}: there is no such file"):
+        dataset[0]
+
+
+def test_processes_share_a_cache(folder, tmp_path):
+    """Four of them begin at once, each frame is whole for each of them."""
+    plain, cached = open_dataset(folder, "train"), open_dataset(folder, "train", cache=tmp_path / "cache")
+    order = list(range(len(plain))) * 4
+    loader = torch.utils.data.DataLoader(cached, batch_sampler=[[i] for i in sorted(order)], num_workers=4, collate_fn=lambda batch: batch[0])
+    assert all(same(plain[i], item) for i, item in zip(sorted(order), loader))
+    assert len(list((tmp_path / "cache").iterdir())) == len(plain)

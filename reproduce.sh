@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Every run behind the README's CamVid tables, a line each. What is done is skipped, what was cut short goes on.
+#
+#   DATA=camvid:DIR ./reproduce.sh short              all rows: hours on 2 CPU cores
+#   DATA=camvid:DIR ./reproduce.sh full               the same rows at 40,000 steps and 3 seeds: for a GPU
+#   DATA=camvid:DIR ./reproduce.sh short b0 b0-kd     these rows only (b2 comes first: it is the teacher)
+#   python tables.py                                  makes the README's tables and figures of what is there
+#
+# A row trains in runs/camvid-SCHEDULE/ROW-SEED (weights) and leaves log, recipe and scores in results/camvid-SCHEDULE/ROW/SEED.
+# Nothing is selected: the last checkpoint is scored, once, on the 233 test frames (in the study: on the held-out fold).
+set -euo pipefail
+case ${1:-} in
+  short) teacher=3000 student=800 study_teacher=1000 study=500 every=5 seeds=${SEEDS:-0} ;;
+  full) teacher=40000 student=40000 study_teacher=40000 study=40000 every=40 seeds=${SEEDS:-0 1 2} ;;
+  *) sed -n '2,/^set/{/^#/p}' "$0"; exit 2 ;;
+esac
+schedule=$1; shift; wanted=" $* "
+: "${DATA:?say where CamVid is: DATA=camvid:DIR $0 $schedule}"
+
+row() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small files
+  local name=$1 steps=$2; shift 2
+  [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
+  for seed in $seeds; do
+    local run=runs/camvid-$schedule/$name-$seed out=results/camvid-$schedule/$name/$seed held_out=(--split test)
+    [[ -e $out/quarter.json ]] && continue
+    [[ " $* " != *" --fold "* ]] || held_out=(--split val "${@:$#-3:4}")          # the study's flags end with --fold N --fold-by HOW
+    mkdir -p "$out"
+    if [[ -e $run/last.pth ]]; then python train.py --resume --out "$run"
+    else python train.py --data "$DATA" --iters "$steps" --eval-every $((steps / every)) --seed "$seed" --out "$run" "$@"; fi
+    python eval.py "$run/last.pth" --data "$DATA" "${held_out[@]}" --json "$out/test.json"
+    python eval.py "$run/last.pth" --data "$DATA" "${held_out[@]}" --quarter --json "$out/quarter.json"
+    cp "$run"/{log.csv,recipe.json,scores.csv} "$out"
+  done
+}
+
+# The paper's Table 2, on the official split
+T=(--student b0 --teacher "runs/camvid-$schedule/b2-0/last.pth")
+seeds=0 row b2  "$teacher" --student b2
+row b0          "$student" --student b0
+row b0-dyt      "$student" --student b0 --norm dyt
+row b0-dyt-dyl  "$student" --student b0 --norm dyt-dyl
+row b0-kd       "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1
+row b0-df       "$student" --student b0 --loss dice-focal
+row b0-fd       "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 0
+row b0-pe       "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 1
+row b0-kl-1     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 1
+row b0-kl-4     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 4
+row b0-all      "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lambda-kl 1 --temperature 4 --loss dice-focal --norm dyt-dyl
+
+# The CamVid KL study: 2 folds, by whole drives and, to show the leak, by shuffled frames
+for by in drive shuffle; do
+  for fold in 0 1; do
+    F=(--fold "$fold" --fold-by "$by")
+    T=(--student b0 --teacher "runs/camvid-$schedule/study-$by-$fold-b2-0/last.pth" --lambda-fd 0 --lambda-pe 0 --temperature 4)
+    seeds=0 row "study-$by-$fold-b2"      "$study_teacher" --student b2 "${F[@]}"
+    seeds=0 row "study-$by-$fold-b0"      "$study" --student b0 "${F[@]}"
+    seeds=0 row "study-$by-$fold-kl-1.0"  "$study" "${T[@]}" --lambda-kl 1.0 "${F[@]}"
+    seeds=0 row "study-$by-$fold-kl-0.5"  "$study" "${T[@]}" --lambda-kl 0.5 "${F[@]}"
+  done
+done
