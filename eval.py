@@ -184,6 +184,12 @@ def draw_comparison(models, names, dataset, indices, **how):
     return whole
 
 
+def by_score(model, dataset, **how):
+    """-> the numbers of the frames, from the lowest mIoU of a frame by itself to the highest."""
+    alone = [scores(evaluate(model, torch.utils.data.Subset(dataset, [i]), model.input_size, **how))["miou"] for i in range(len(dataset))]
+    return sorted(range(len(dataset)), key=lambda i: (math.isnan(alone[i]), alone[i]))
+
+
 def show_progress(what):
     """-> progress(done, all) that rewrites one line on a terminal, and is silent elsewhere."""
     def progress(done, all):
@@ -268,6 +274,11 @@ def run_scores(args, models):
             draw_comparison(list(models.values()), list(models), dataset, [i], **how(args)).save(folder / f"{stem}.png")
             show_progress(args.overlay)(i + 1, len(dataset))
         print(f"{len(dataset)} pictures in {folder}")
+    if args.strip:
+        order = by_score(list(models.values())[-1], dataset, **how(args))
+        chosen = {"worst": order[0], "lower quartile": order[len(order) // 4], "median": order[len(order) // 2], "best": order[-1]}
+        draw_comparison(list(models.values()), list(models), dataset, chosen.values(), **how(args)).save(args.strip)
+        print(f"{args.strip}: by the last network's mIoU of a frame, " + ", ".join(f"the {name} ({dataset.stems[i]})" for name, i in chosen.items()))
     if args.plot:
         try:
             from plot import plot_all
@@ -411,6 +422,7 @@ def build_parser():
     parser.add_argument("--quarter", action="store_true", help="score at a quarter of the input, as the paper's code does")
     parser.add_argument("--json", metavar="FILE", help="write the scores and confusion matrices for machines")
     parser.add_argument("--overlay", metavar="DIR", help="draw frame, truth and predictions of every frame")
+    parser.add_argument("--strip", metavar="FILE", help="draw the worst, the lower quartile's, the median and the best frame by the last checkpoint's mIoU")
     parser.add_argument("--plot", metavar="DIR", help="draw radar and confusion matrices, and the runs' losses and mIoU where their logs are")
     parser.add_argument("--images", nargs="+", metavar="PATH", help="segment these photos, folders of photos or .txt lists of photos instead")
     parser.add_argument("--out", metavar="DIR", help="where --images writes")
@@ -438,7 +450,7 @@ def check_flags(parser, args):
     for flag, needs in (("label_ids", "images"), ("logits", "export"), ("stride", "window")):
         if getattr(args, flag) and not getattr(args, needs):
             parser.error(f"--{flag.replace('_', '-')} goes with --{needs}")
-    unused = next((flag for flag in ("json", "overlay", "plot", "quarter", "fold") if tasks and getattr(args, flag) is not None and getattr(args, flag) is not False), None)
+    unused = next((flag for flag in ("json", "overlay", "strip", "plot", "quarter", "fold") if tasks and getattr(args, flag) is not None and getattr(args, flag) is not False), None)
     if unused:
         parser.error(f"--{unused} is of the scores, and --{tasks[0]} makes none")
     if args.size and args.size != [0, 0] and min(args.size) < SMALLEST:

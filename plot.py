@@ -44,13 +44,13 @@ def short_names(paths):
     return [folder if folders.count(folder) == 1 else f"{folder}/{Path(path).stem}" for folder, path in zip(folders, paths)]
 
 
-def curves(paths, file, column, label, out, smooth=False):
-    """A line a run of one column of its `file` over the steps. -> [path of the figure], or [] without any such file."""
+def curves(runs, file, column, label, out, smooth=False):
+    """A line a run of one column of its `file` over the steps. runs: {name: folder} -> [path of the figure], or [] without any such file."""
     figure, axes = plt.subplots()
-    for path, name in zip(paths, short_names(paths)):
-        data = read_columns(Path(path).parent / file, ("step", column))
+    for name, folder in runs.items():
+        data = read_columns(Path(folder) / file, ("step", column))
         if data is None:
-            print(f"{out.name}: no {file} beside {path}")
+            print(f"{out.name}: no {file} in {folder}")
             continue
         values = running_mean(data[column], max(1, len(data[column]) // 50)) if smooth else 100 * data[column]
         axes.plot(data["step"], values, label=name, marker=None if smooth else ".")
@@ -96,13 +96,19 @@ def confusion(name, result, classes, out):
     return [out]
 
 
+def plot_runs(runs, results, classes, folder):
+    """The paper's figures 4, 5 and 6. runs: {name: its folder}, results: their scores in the same order -> the files written."""
+    with plt.rc_context(STYLE):
+        written = curves(runs, "log.csv", "loss", "loss (running mean)", folder / "loss.png", smooth=True)
+        written += curves(runs, "scores.csv", "miou", "mIoU on the validation split, %", folder / "miou.png")
+        return written + radar(runs, results, classes, folder / "radar.png")
+
+
 def plot_all(paths, results, classes, folder):
     """All figures of the checkpoints at `paths` with their `results` (scores and confusion matrices) -> the files written."""
+    names = short_names(paths)
+    written = plot_runs({name: Path(path).parent for name, path in zip(names, paths)}, results, classes, folder)
     with plt.rc_context(STYLE):
-        written = curves(paths, "log.csv", "loss", "loss (running mean)", folder / "loss.png", smooth=True)
-        written += curves(paths, "scores.csv", "miou", "mIoU on the validation split, %", folder / "miou.png")
-        names = short_names(paths)
-        written += radar(names, results, classes, folder / "radar.png")
         for i, (name, result) in enumerate(zip(names, results), 1):
             written += confusion(name, result, classes, folder / f"confusion_{i}.png")
     return written

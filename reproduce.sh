@@ -10,7 +10,7 @@
 # Nothing is selected: the last checkpoint is scored, once, on the 233 test frames (in the study: on the held-out fold).
 set -euo pipefail
 case ${1:-} in
-  short) teacher=3000 student=800 study_teacher=1000 study=500 every=5 seeds=${SEEDS:-0} ;;
+  short) teacher=3000 student=600 study_teacher=1000 study=500 every=5 seeds=${SEEDS:-0} ;;
   full) teacher=40000 student=40000 study_teacher=40000 study=40000 every=40 seeds=${SEEDS:-0 1 2} ;;
   *) sed -n '2,/^set/{/^#/p}' "$0"; exit 2 ;;
 esac

@@ -148,10 +148,18 @@ def test_command_scores_with_windows_scales_and_flips(folder, checkpoint, tmp_pa
     assert content["checkpoints"][0]["miou"] == pytest.approx(expected["miou"])
 
 
+def test_command_draws_frames_chosen_by_their_score(folder, checkpoint, tmp_path):
+    output = command("eval.py", checkpoint, "--data", folder, "--split", "train", "--strip", tmp_path / "strip.png")
+    network, dataset = load_checkpoint(checkpoint).fold(), open_dataset(folder, "train")
+    alone = [scores(evaluate(network, [dataset[i]], network.input_size))["miou"] for i in range(len(dataset))]
+    assert f"the worst ({dataset.stems[int(np.argmin(alone))]})" in output and f"the best ({dataset.stems[int(np.argmax(alone))]})" in output
+    assert Image.open(tmp_path / "strip.png").height > 4 * 200
+
+
 def test_command_draws_the_figures(folder, checkpoint, tmp_path):
     (checkpoint.parent / "log.csv").write_text("step,lr,loss,wce\n1,0.1,2.0,2.0\n2,0.1,1.0,1.0\n")
     output = command("eval.py", checkpoint, "--data", folder, "--plot", tmp_path / "figures")
-    assert "miou.png: no scores.csv beside" in output
+    assert "miou.png: no scores.csv in" in output
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["confusion_1.png", "loss.png", "radar.png"]
     assert all(Image.open(p).width > 500 for p in (tmp_path / "figures").iterdir())
     (tmp_path / "matplotlib.py").write_text("raise ImportError")

@@ -1,0 +1,55 @@
+"""The README's tables: every number from the files, a hole said, nothing typed."""
+
+import json
+import shutil
+
+import pytest
+
+import tables
+from conftest import ROOT, command
+
+
+def leave(folder, miou, seed=0, iters=10, classes=("a", "b")):
+    """What reproduce.sh leaves of one run."""
+    folder = folder / str(seed)
+    folder.mkdir(parents=True)
+    for name, value in (("test.json", miou), ("quarter.json", miou + 0.1)):
+        result = dict(miou=value, macc=value + 0.01, aacc=value + 0.02, iou=[value, value], acc=[value, value])
+        (folder / name).write_text(json.dumps(dict(classes=classes, checkpoints=[result])))
+    (folder / "recipe.json").write_text(json.dumps(dict(seed=seed, iters=iters, parameters=123)))
+    (folder / "log.csv").write_text("step,lr,loss\n1,0.1,2\n2,0.1,1\n")
+    (folder / "scores.csv").write_text("step,miou\n1,0.1\n2,0.2\n")
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of what tables.py reads, with two seeds of B0, one of KD, and one fold of the study."""
+    (tmp_path / "results/bench").mkdir(parents=True)
+    shutil.copy(ROOT / tables.BENCH, tmp_path / tables.BENCH)
+    runs = tmp_path / "results/camvid-short"
+    leave(runs / "b0", 0.30, 0), leave(runs / "b0", 0.34, 1), leave(runs / "b0-kd", 0.35, 1)
+    for fold, miou in ((0, 0.2), (1, 0.4)):
+        leave(runs / f"study-drive-{fold}-b0", miou)
+    leave(runs / "study-drive-0-b2", 0.9)
+    (tmp_path / "README.md").write_text("before\n<!-- table 2: made -->\nstale\n<!-- end -->\nbetween\n<!-- study: made -->\n<!-- end -->\nafter\n")
+    return tmp_path
+
+
+def test_tables_are_means_of_the_files(project):
+    command(ROOT / "tables.py", "--figures", cwd=project)
+    text = (project / "README.md").read_text()
+    assert text.startswith("before\n<!-- table 2: made -->\n| ") and text.endswith("after\n") and "stale" not in text and "between" in text
+    assert "| B0 | 123 | 13.60 |" in text and "| 10 | 2 | 32.00 +- 2.83 | 33.00 +- 2.83 | 34.00 +- 2.83 | 42.00 +- 2.83 |  |" in text
+    assert "| 10 | 1 | 35.00 | 36.00 | 37.00 | 45.00 | +1.00 |" in text         # to B0 of the same seed, not to the mean
+    assert "Not run yet: B2, the teacher, + Tanh," in text
+    assert "| B0 | 30.0 | 30.0 | 30.00 | 31.00 | 32.00 |" in text and "90.0" not in text      # one fold is no mean of two
+    assert "B2, the teacher, folds of whole drives; B0, folds of shuffled frames" in text
+    assert {path.name for path in (project / "results/camvid-short").glob("*.png")} == {"loss.png", "miou.png", "radar.png"}
+    command(ROOT / "tables.py", cwd=project)
+    assert (project / "README.md").read_text() == text             # made again, the same
+
+
+def test_mistakes_are_a_sentence(project):
+    assert "holds no row b0 yet: DATA=camvid:DIR ./reproduce.sh full b0" in command(ROOT / "tables.py", "--schedule", "full", cwd=project, code=2)
+    (project / "README.md").write_text("no marks")
+    assert "README.md has no mark <!-- table 2" in command(ROOT / "tables.py", cwd=project, code=2)
