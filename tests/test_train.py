@@ -533,3 +533,57 @@ def test_memory_does_not_grow_over_2000_steps(tmp_path, folder):
     assert process.wait() == 0
     print("MiB after 200, 400 ... steps:", [round(m) for m in memory])
     assert memory[-1] < memory[1] + 20
+
+
+# ---------------------------------------------------------------- --cache and --compile
+
+def test_a_cache_changes_no_step_and_serves_the_next_run(tmp_path, folder):
+    plain, first, second = (tmp_path / name for name in ("plain", "first", "second"))
+    flags = ("--data", folder, "--iters", 3, *SMALL)
+    command("train.py", *flags, "--out", plain)
+    command("train.py", *flags, "--out", first, "--cache", tmp_path / "cache")
+    command("train.py", *flags, "--out", second, "--cache", tmp_path / "cache", "--workers", 2)
+    assert same_weights(plain, first) and same_weights(plain, second)
+    assert len(list((tmp_path / "cache").glob("*.frame"))) == 6                   # train and val
+    assert "note: --cache changes nothing" in command("train.py", "--cache", tmp_path / "cache", "--iters", 1, *SMALL, "--out", tmp_path / "toy")
+    (tmp_path / "file").write_text("")
+    assert "no folder for decoded frames can be made there" in command("train.py", *flags, "--cache", tmp_path / "file", code=2, cwd=tmp_path)
+
+
+TRACED = """
+import functools, sys, torch, train
+real = torch.compile
+torch.compile = functools.partial(real, backend="eager")          # traced as ever, but without the C++ compiler's minutes
+torch.nn.Module.compile = lambda self, **how: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, **how))
+sys.argv = ["train.py", *sys.argv[1:]]
+train.main()
+"""
+
+
+@pytest.mark.parametrize("how", ["traced", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_compile_has_the_same_loss_curve(tmp_path, folder, teacher, how):
+    flags = ("--data", folder, "--teacher", teacher, "--lambda-kl", 1, "--iters", 4, *SMALL)
+    command("train.py", *flags, "--out", tmp_path / "eager")
+    start = ("-c", TRACED) if how == "traced" else ("train.py",)
+    output = command(*start, *flags, "--compile", "--out", tmp_path / "compiled", env={"PYTHONPATH": str(ROOT)})
+    assert "compiled, with the first step in" in output
+    for eager, compiled in zip(log(tmp_path / "eager"), log(tmp_path / "compiled"), strict=True):
+        assert [float(compiled[name]) for name in eager] == pytest.approx([float(value) for value in eager.values()], rel=1e-3)
+
+
+def test_compile_without_a_compiler_is_a_sentence(tmp_path, folder):
+    env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    output = command("train.py", "--data", folder, "--iters", 1, *SMALL, "--compile", "--out", tmp_path / "run", code=2, env=env)
+    assert "error: --compile failed" in output and "leave --compile out" in output
+
+
+def test_a_run_of_an_older_version_resumes(tmp_path, folder):
+    """Its last.pth lacks the flags that came later."""
+    out = tmp_path / "run"
+    command("train.py", "--data", folder, "--iters", 2, *SMALL, "--out", out)
+    content = torch.load(out / "last.pth", weights_only=True)
+    for flag in ("tensorboard", "cache", "compile"):
+        del content["training"]["args"][flag]
+    torch.save(content, out / "last.pth")
+    command("train.py", "--resume", "--out", out, "--iters", 3)
+    assert len(log(out)) == 3
