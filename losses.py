@@ -65,7 +65,7 @@ def sum_over_pixels(expression, labels, *logits):
     """
     (B, H, W), (C, h) = labels.shape, logits[0].shape[1:3]
     rows = max(1, BAND * h // (B * C * H * W))                    # of the logits in a band
-    if rows >= h or H % h or torch.compiler.is_compiling():       # small; or no whole number of rows for each; or fused anyway
+    if rows >= h or H % h or any(x.shape[2] != h for x in logits) or torch.compiler.is_compiling():     # small, or rows do not match, or fused
         return expression(labels, *(resize(x, (H, W)) for x in logits))
     times, total = H // h, 0
 

@@ -213,6 +213,16 @@ def test_bands_of_rows_add_up_to_the_whole(loss, size, monkeypatch):
         torch.testing.assert_close(gradient, results[2][1])
 
 
+def test_kl_of_a_teacher_with_logits_of_another_size(monkeypatch):
+    torch.manual_seed(0)
+    student, teacher, labels = torch.randn(B, C, 4, 4), torch.randn(B, C, 8, 8), torch.randint(0, C, (B, 16, 16))
+    whole = kl_distillation(student, teacher, 2.0, labels)
+    monkeypatch.setattr(losses, "BAND", 1)
+    torch.testing.assert_close(kl_distillation(student, teacher, 2.0, labels), whole)
+    large = [F.interpolate(x, size=(16, 16), mode="bilinear") for x in (student, teacher)]
+    torch.testing.assert_close(kl_distillation(*large, 2.0, labels), whole)
+
+
 # ---------------------------------------------------------------- what must hold of all of them
 
 @pytest.mark.parametrize("loss", LABEL_LOSSES)
