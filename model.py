@@ -62,7 +62,7 @@ class DyT(nn.Module):
 
     def forward(self, x):
         # [None]: beside a half-precision x a 0-dim alpha would count as half too, and its gradient, one sum over x, overflow
-        return torch.addcmul(self.bias, self.weight, torch.tanh(self.alpha[None] * x))
+        return torch.addcmul(self.bias, self.weight, torch.tanh_(self.alpha[None] * x))
 
 
 class DyL(nn.Module):

@@ -14,6 +14,7 @@ case ${1:-} in
   full) teacher=40000 student=40000 study_teacher=40000 study=40000 every=40 seeds=${SEEDS:-0 1 2} ;;
   *) sed -n '2,/^set/{/^#/p}' "$0"; exit 2 ;;
 esac
+[[ -z ${STEPS:-} ]] || teacher=$STEPS student=$STEPS study_teacher=$STEPS study=$STEPS every=1       # STEPS=2: to try this script
 schedule=$1; shift; wanted=" $* "
 : "${DATA:?say where CamVid is: DATA=camvid:DIR $0 $schedule}"
 

@@ -1,9 +1,15 @@
 """The README's tables: every number from the files, a hole said, nothing typed."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import tables
 from conftest import ROOT, command
@@ -53,3 +59,35 @@ def test_mistakes_are_a_sentence(project):
     assert "holds no row b0 yet: DATA=camvid:DIR ./reproduce.sh full b0" in command(ROOT / "tables.py", "--schedule", "full", cwd=project, code=2)
     (project / "README.md").write_text("no marks")
     assert "README.md has no mark <!-- table 2" in command(ROOT / "tables.py", cwd=project, code=2)
+
+
+def test_reproduce_runs_rows_scores_them_and_skips_what_is_done(tmp_path):
+    """Two rows of one step on six small frames, one of them with a fold; a row whose last scores are gone is scored again."""
+    for path in (*ROOT.glob("*.py"), ROOT / "reproduce.sh"):
+        (tmp_path / path.name).symlink_to(path)
+    for split in ("train", "val", "test"):
+        for folder in (split, f"{split}annot"):
+            (tmp_path / "set" / folder).mkdir(parents=True)
+        for drive in ("0001TP", "0006R0"):
+            label = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64) % 12
+            Image.fromarray(np.stack([label * 20] * 3, 2)).save(tmp_path / "set" / split / f"{drive}_{split}.png")
+            Image.fromarray(label).save(tmp_path / "set" / f"{split}annot" / f"{drive}_{split}.png")
+    env = {**os.environ, "DATA": f"camvid:{tmp_path / 'set'}", "STEPS": "1", "OMP_NUM_THREADS": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def reproduce(*args, **more):
+        return subprocess.run(["bash", "reproduce.sh", *args], cwd=tmp_path, env=env | more, capture_output=True, text=True, timeout=300)
+
+    rows = ("short", "b0", "study-drive-1-b0")
+    result = reproduce(*rows)
+    assert result.returncode == 0, result.stderr
+    made = tmp_path / "results/camvid-short"
+    assert sorted(str(path.relative_to(made)) for path in made.glob("*/*/*") if "b0/0" in str(path)) == sorted(
+        f"{row}/0/{name}" for row in rows[1:] for name in ("log.csv", "quarter.json", "recipe.json", "scores.csv", "test.json"))
+    study, test = (json.loads((made / row / "0/test.json").read_text()) for row in ("study-drive-1-b0", "b0"))
+    assert (test["split"], test["frames"], test["fold"]) == ("test", 2, None) and (study["frames"], study["fold"]) == (3, 1)
+    assert test["checkpoints"][0]["path"].endswith("b0-0/last.pth") and json.loads((made / "b0/0/quarter.json").read_text())["resolution"] == "quarter"
+    assert reproduce(*rows).stdout == ""                          # all there: nothing to do
+    (made / "b0/0/quarter.json").unlink()
+    again = reproduce(*rows)
+    assert "resuming after step 1" in again.stdout and (made / "b0/0/quarter.json").exists()
+    assert "say where CamVid is" in reproduce("short", DATA="").stderr and "reproduce.sh full" in reproduce().stdout
