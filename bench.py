@@ -54,9 +54,15 @@ TABLE_2 = (("SegFormer-B2", "b2", "ln"), ("SegFormer-B0", "b0", "ln"), ("+ Tanh"
 
 # ---------------------------------------------------------------- work and limits
 
+def convolution_backward_flops(grad, x, weight, *args, **kwargs):
+    """Of the shapes; each gradient that is asked for costs a forward. (torch's own formula takes depthwise for dense.)"""
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(args[7][:2])
+
+
 def macs_of(run):
     """MACs of run() -> (without the attention products, the attention products)."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     flops = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     attention = sum(count for op, count in flops.items() if "bmm" in op) // 2       # nothing else multiplies in batches

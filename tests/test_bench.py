@@ -53,6 +53,8 @@ def test_macs_and_bytes_are_counted():
     assert bench.macs_of(lambda: a @ b) == (3 * 5 * 7, 0)
     q = torch.rand(1, 2, 11, 4)
     assert bench.macs_of(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == (0, 2 * 2 * 11 * 11 * 4)
+    x, depthwise = torch.rand(1, 6, 9, 9, requires_grad=True), torch.nn.Conv2d(6, 6, 3, padding=1, groups=6)
+    assert bench.macs_of(lambda: depthwise(x).sum().backward()) == (3 * 81 * 6 * 9, 0)           # forward, gradient of x, of the weights
     assert bench.count_bytes(lambda: (a @ b).t().flatten(0)[:3]) >= 4 * (15 + 35 + 21) and bench.count_bytes(lambda: a.t()[1:]) == 0
 
 
