@@ -200,13 +200,12 @@ class MixFFN(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def contract(self, hidden):                                   # (B, H, W, 4C)
-        return self.fc2(F.gelu(hidden))                           # (B, H, W, C)
+        return self.fc2(F.gelu(as_tokens(self.dwconv(as_image(hidden)))))           # (B, H, W, C)
 
     def forward(self, x):                                         # (B, H, W, C)
+        if torch.is_grad_enabled():                               # of three wide maps keep one for the gradients: computing the
+            return checkpoint(self.contract, self.fc1(x), use_reentrant=False, preserve_rng_state=False)      # others again is cheap
         fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
-        if torch.is_grad_enabled():                               # gelu's wide map is computed again for the gradients, not kept
-            hidden = as_tokens(dwconv(as_image(fc1(x))))          # (B, H, W, 4C)
-            return checkpoint(self.contract, hidden, use_reentrant=False, preserve_rng_state=False)
         out = None
         for part in slices(fc1.out_features, x):                  # n of the 4C hidden channels
             hidden = F.linear(x, fc1.weight[part], fc1.bias[part])                  # (B, H, W, n)
