@@ -27,7 +27,7 @@ def test_step_and_data_reach_the_json(tmp_path):
     results = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert list(results) == ["data", "step"]
     assert all(row["cached_seconds"] < row["decoded_seconds"] for row in results["data"] if not row["augmented"])
-    assert results["step"][-1]["macs"] > 1e9 and 0 < results["step"][-1]["arithmetic_limit"] < 1
+    assert results["step"][-1]["macs"] > 5e8 and 0 < results["step"][-1]["arithmetic_limit"] < 1
     assert "arithmetic limit" in output and "memory limit" in output and "compil" not in output
 
 
