@@ -185,9 +185,9 @@ def draw_comparison(models, names, dataset, indices, **how):
 
 
 def by_score(model, dataset, **how):
-    """-> the numbers of the frames, from the lowest mIoU of a frame by itself to the highest."""
+    """-> the numbers of the frames with a labelled pixel, from the lowest mIoU of a frame by itself to the highest."""
     alone = [scores(evaluate(model, torch.utils.data.Subset(dataset, [i]), model.input_size, **how))["miou"] for i in range(len(dataset))]
-    return sorted(range(len(dataset)), key=lambda i: (math.isnan(alone[i]), alone[i]))
+    return sorted((i for i, miou in enumerate(alone) if not math.isnan(miou)), key=alone.__getitem__)
 
 
 def show_progress(what):
