@@ -276,6 +276,8 @@ def run_scores(args, models):
         print(f"{len(dataset)} pictures in {folder}")
     if args.strip:
         order = by_score(list(models.values())[-1], dataset, **how(args))
+        if not order:
+            raise UsageError(f"--strip: no frame of {args.data} {args.split} has a labelled pixel to be scored by")
         chosen = {"worst": order[0], "lower quartile": order[len(order) // 4], "median": order[len(order) // 2], "best": order[-1]}
         draw_comparison(list(models.values()), list(models), dataset, chosen.values(), **how(args)).save(args.strip)
         print(f"{args.strip}: by the last network's mIoU of a frame, " + ", ".join(f"the {name} ({dataset.stems[i]})" for name, i in chosen.items()))
