@@ -27,11 +27,11 @@ BENCH = Path("results/bench/cpu-2-threads.json")
 
 
 def read_row(folder):
-    """-> [{"full", "quarter": scores, "recipe"}], one a seed; [] for a row that was not run."""
+    """-> [{"full", "quarter": scores, "recipe"}], one a seed; [] for a row that was not run. The study has no quarter."""
     found = []
-    for seed in sorted(path.parent for path in folder.glob("*/quarter.json")):
-        full, quarter = (json.loads((seed / name).read_text())["checkpoints"][0] for name in ("test.json", "quarter.json"))
-        found.append(dict(full=full, quarter=quarter, recipe=json.loads((seed / "recipe.json").read_text()), folder=seed))
+    for seed in sorted(path.parent for path in folder.glob("*/scores.csv")):          # the last file that reproduce.sh writes
+        scores = {name: json.loads((seed / f"{name}.json").read_text())["checkpoints"][0] for name in ("test", "quarter") if (seed / f"{name}.json").exists()}
+        found.append(dict(full=scores["test"], quarter=scores.get("quarter"), recipe=json.loads((seed / "recipe.json").read_text()), folder=seed))
     return found
 
 

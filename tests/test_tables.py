@@ -81,13 +81,13 @@ def test_reproduce_runs_rows_scores_them_and_skips_what_is_done(tmp_path):
     result = reproduce(*rows)
     assert result.returncode == 0, result.stderr
     made = tmp_path / "results/camvid-short"
-    assert sorted(str(path.relative_to(made)) for path in made.glob("*/*/*") if "b0/0" in str(path)) == sorted(
-        f"{row}/0/{name}" for row in rows[1:] for name in ("log.csv", "quarter.json", "recipe.json", "scores.csv", "test.json"))
+    assert sorted(str(path.relative_to(made)) for path in made.glob("*/*/*") if "b0/0" in str(path)) == sorted(["b0/0/quarter.json",
+        *(f"{row}/0/{name}" for row in rows[1:] for name in ("log.csv", "recipe.json", "scores.csv", "test.json"))])
     study, test = (json.loads((made / row / "0/test.json").read_text()) for row in ("study-drive-1-b0", "b0"))
     assert (test["split"], test["frames"], test["fold"]) == ("test", 2, None) and (study["frames"], study["fold"]) == (3, 1)
     assert test["checkpoints"][0]["path"].endswith("b0-0/last.pth") and json.loads((made / "b0/0/quarter.json").read_text())["resolution"] == "quarter"
     assert reproduce(*rows).stdout == ""                          # all there: nothing to do
-    (made / "b0/0/quarter.json").unlink()
+    (made / "b0/0/scores.csv").unlink()                           # stopped while it scored
     again = reproduce(*rows)
-    assert "resuming after step 1" in again.stdout and (made / "b0/0/quarter.json").exists()
+    assert "resuming after step 1" in again.stdout and (made / "b0/0/scores.csv").exists()
     assert "say where CamVid is" in reproduce("short", DATA="").stderr and "reproduce.sh full" in reproduce().stdout
