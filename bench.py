@@ -328,9 +328,10 @@ def peer_features(peer):
             module.register_forward_hook(keep)
 
     def features(images):
-        embeds.clear()
         out = peer(images, output_hidden_states=True)
-        return out.logits, list(out.hidden_states[-4:]), list(embeds)
+        kept = embeds.copy()
+        embeds.clear()                                            # so that they live as long as the caller wants
+        return out.logits, list(out.hidden_states[-4:]), kept
     return features
 
 
@@ -358,14 +359,13 @@ def distillation_step(ours, compiles, training, size, batch, device, dtype):
 
     if compiles:
         objective, teacher_features = (torch.compile(function, dynamic=False) for function in (objective, teacher_features))
+    teacher_features = torch.no_grad()(teacher_features)
 
     def run():
         x = images if ours else (images - mean) / std
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            with torch.no_grad():
-                target = teacher_features(x)
-            loss = objective(x, target)
+            loss = objective(x, teacher_features(x))
         loss.backward()
         optimizer.step()
         return loss.detach()

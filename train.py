@@ -142,8 +142,11 @@ def check_gradients(objective):
 
 # ---------------------------------------------------------------- one step
 
+@torch.no_grad()
 def ask_teacher(teacher, images, wants_logits):
-    """-> the teacher's Features; without the logits where no loss reads them, since its decoder costs an eighth of it."""
+    """-> the teacher's Features, None without a teacher; no logits where no loss reads them: its decoder costs an eighth of it."""
+    if teacher is None:
+        return None
     return teacher.features(images) if wants_logits else Features(None, *teacher.encode(images))
 
 
@@ -161,9 +164,8 @@ def train_step(objective, teacher, optimizer, scaler, images, labels, args, cast
         last = i == len(pieces) - 1
         with contextlib.nullcontext() if last or objective is module else objective.no_sync():
             with cast():
-                with torch.no_grad():
-                    target = ask_teacher(teacher, image, "kl" in module.weights) if teacher is not None else None
-                terms = objective(image, label, target)
+                # the teacher's maps get no name here, so that they go while the losses' gradients are computed
+                terms = objective(image, label, ask_teacher(teacher, image, "kl" in module.weights))
             terms = torch.stack(list(terms.values())) * over[i] / total                                   # (terms,)
             scaler.scale((weights * terms).sum() * world_size()).backward()                               # DDP averages
         values += terms.detach()
@@ -181,9 +183,7 @@ def blame(module, teacher, pieces, cast):
     found, trained = {}, [p for p in module.parameters() if p.requires_grad]
     for image, label in pieces:
         with cast():
-            with torch.no_grad():
-                target = ask_teacher(teacher, image, True) if teacher is not None else None
-            terms = module(image, label, target)
+            terms = module(image, label, ask_teacher(teacher, image, True))
         for name, value in terms.items():
             gradients = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
             if not value.isfinite():
@@ -618,7 +618,7 @@ def build_parser():
     add("--folds", type=number(int, 2), help="how many folds (default 2)")
     add("--fold-by", choices=("drive", "block", "shuffle"), help="whole drives, blocks of neighbours, or shuffled frames, which leak")
     add("--amp", choices=("auto", "fp16", "bf16", "off"), help="mixed precision; auto: fp16 on CUDA, else off")
-    add("--compile", action="store_true", default=None, help="torch.compile student, losses and teacher: the first step takes minutes, the others less time")
+    add("--compile", action="store_true", default=None, help="torch.compile student, losses and teacher: minutes at the first step; meant for a GPU, on a CPU the others were slower too")
     add("--workers", type=number(int, 0), help="processes that read data (default: up to 4)")
     add("--cache", metavar="DIR", help="keep decoded frames there, 4 bytes a pixel, shared by all workers and runs (default: decode each time)")
     add("--seed", type=number(int, 0, 2 ** 31), help="of weights, order, augmentation and dropout (default 0)")
