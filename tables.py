@@ -77,8 +77,8 @@ def study(folder):
         if whole:
             classes = json.loads((next(iter(whole.values()))[0]["folder"] / "test.json").read_text())["classes"]
             rows = [[STUDY[name], *(f"{50 * sum(run['full']['iou'][c] for run in runs):.1f}" for c in range(len(classes))),
-                     *(f"{50 * sum(run['full'][key] for run in runs):.2f}" for key in ("miou", "macc", "aacc"))] for name, runs in whole.items()]
-            text.append(f"{title[0].upper()}{title[1:]}:\n\n" + markdown(["", *classes, "mIoU", "mAcc", "aAcc"], rows))
+                     *(f"{50 * sum(run['full'][key] for run in runs):.2f}" for key in ("miou", "macc", "aacc")), str(runs[0]["recipe"]["iters"])] for name, runs in whole.items()]
+            text.append(f"{title[0].upper()}{title[1:]}:\n\n" + markdown(["", *classes, "mIoU", "mAcc", "aAcc", "steps"], rows))
     return "\n\n".join(text + ([f"Not run yet: {'; '.join(missing)}."] if missing else []))
 
 
