@@ -204,7 +204,7 @@ class MixFFN(nn.Module):
 
     def forward(self, x):                                         # (B, H, W, C)
         if torch.is_grad_enabled():                               # keep none of the three wide maps for the gradients, but compute them
-            return checkpoint(self.plain, x, use_reentrant=False, preserve_rng_state=False)       # again: a hundredth of a step's time
+            return checkpoint(self.plain, x, use_reentrant=False, preserve_rng_state=False)       # again: 0.4 to 3 % of a step's time
         fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
         out = None
         for part in slices(fc1.out_features, x):                  # n of the 4C hidden channels

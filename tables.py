@@ -26,12 +26,12 @@ FIGURES = ("b0", "b0-kd", "b0-df", "b0-dyt")                      # the paper's 
 BENCH = Path("results/bench/cpu-2-threads.json")
 
 
-def read_row(folder):
+def read_row(folder, files=("test", "quarter")):
     """-> [{"full", "quarter": scores, "recipe"}], one a seed; [] for a row that was not run. The study has no quarter."""
     found = []
     for seed in sorted(path.parent for path in folder.glob("*/scores.csv")):          # the last file that reproduce.sh writes
-        scores = {name: json.loads((seed / f"{name}.json").read_text())["checkpoints"][0] for name in ("test", "quarter") if (seed / f"{name}.json").exists()}
-        found.append(dict(full=scores["test"], quarter=scores.get("quarter"), recipe=json.loads((seed / "recipe.json").read_text()), folder=seed))
+        full, *quarter = (json.loads((seed / f"{name}.json").read_text())["checkpoints"][0] for name in files)
+        found.append(dict(full=full, quarter=quarter and quarter[0], recipe=json.loads((seed / "recipe.json").read_text()), folder=seed))
     return found
 
 
@@ -71,7 +71,7 @@ def study(folder):
     """The KL study: per-class IoU, mean over the two folds, by whole drives and by shuffled frames -> markdown."""
     text, missing = [], []
     for by, title in (("drive", "folds of whole drives"), ("shuffle", "folds of shuffled frames, which leak")):
-        folds = {name: [run for fold in (0, 1) for run in read_row(folder / f"study-{by}-{fold}-{name}")] for name in STUDY}
+        folds = {name: [run for fold in (0, 1) for run in read_row(folder / f"study-{by}-{fold}-{name}", ("test",))] for name in STUDY}
         missing += [f"{STUDY[name]}, {title}" for name, runs in folds.items() if len(runs) < 2]
         whole = {name: runs for name, runs in folds.items() if len(runs) == 2}
         if whole:

@@ -13,7 +13,7 @@ from torch import nn
 
 import model as model_file
 from conftest import ROOT, command
-from model import (MEAN, NORMS, SIZES, STD, CheckpointError, Decoder, DyL, DyT, Reduce, dyt, dyt_dyl, dyt_dyl_ln, load_checkpoint,
+from model import (MEAN, NORMS, MixFFN, SIZES, STD, CheckpointError, Decoder, DyL, DyT, Reduce, dyt, dyt_dyl, dyt_dyl_ln, load_checkpoint,
                    save_checkpoint, segformer)
 from nvlabs import Flat, segmenter
 
@@ -427,3 +427,14 @@ def test_damaged_checkpoints_are_refused_or_loaded():
     """A few of the thousands that `python tests/fuzz.py` tries."""
     output = command(ROOT / "tests" / "fuzz.py", "--count", 25)
     assert output.count("25 files") == 4 and output.count("refused") == 4
+
+
+def test_training_keeps_no_wide_map_of_the_mlp():
+    """What autograd keeps of MixFFN is its input, not three maps of four times the width."""
+    mlp, x, kept = MixFFN(8).train(), torch.rand(2, 16, 16, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        out = mlp(x)
+    assert max(kept, default=0) < 4 * x.numel()
+    gradient, = torch.autograd.grad(out.sum(), x)
+    expected, = torch.autograd.grad(mlp.plain(x).sum(), x)
+    assert torch.allclose(gradient, expected, atol=1e-6)

@@ -36,6 +36,7 @@ def project(tmp_path):
     leave(runs / "b0", 0.30, 0), leave(runs / "b0", 0.34, 1), leave(runs / "b0-kd", 0.35, 1)
     for fold, miou in ((0, 0.2), (1, 0.4)):
         leave(runs / f"study-drive-{fold}-b0", miou)
+        (runs / f"study-drive-{fold}-b0/0/quarter.json").unlink()                    # the study has none
     leave(runs / "study-drive-0-b2", 0.9)
     (tmp_path / "README.md").write_text("before\n<!-- table 2: made -->\nstale\n<!-- end -->\nbetween\n<!-- study: made -->\n<!-- end -->\nafter\n")
     return tmp_path
@@ -48,7 +49,7 @@ def test_tables_are_means_of_the_files(project):
     assert "| B0 | 123 | 13.60 |" in text and "| 10 | 2 | 32.00 +- 2.83 | 33.00 +- 2.83 | 34.00 +- 2.83 | 42.00 +- 2.83 |  |" in text
     assert "| 10 | 1 | 35.00 | 36.00 | 37.00 | 45.00 | +1.00 |" in text         # to B0 of the same seed, not to the mean
     assert "Not run yet: B2, the teacher, + Tanh," in text
-    assert "| B0 | 30.0 | 30.0 | 30.00 | 31.00 | 32.00 |" in text and "90.0" not in text      # one fold is no mean of two
+    assert "| B0 | 30.0 | 30.0 | 30.00 | 31.00 | 32.00 | 10 |" in text and "90.0" not in text      # one fold is no mean of two
     assert "B2, the teacher, folds of whole drives; B0, folds of shuffled frames" in text
     assert {path.name for path in (project / "results/camvid-short").glob("*.png")} == {"loss.png", "miou.png", "radar.png"}
     command(ROOT / "tables.py", cwd=project)
@@ -56,6 +57,9 @@ def test_tables_are_means_of_the_files(project):
 
 
 def test_mistakes_are_a_sentence(project):
+    (project / "results/camvid-short/b0/1/quarter.json").rename(project / "elsewhere.json")
+    assert "b0/1/quarter.json" in command(ROOT / "tables.py", cwd=project, code=2)
+    (project / "elsewhere.json").rename(project / "results/camvid-short/b0/1/quarter.json")
     assert "holds no row b0 yet: DATA=camvid:DIR ./reproduce.sh full b0" in command(ROOT / "tables.py", "--schedule", "full", cwd=project, code=2)
     (project / "README.md").write_text("no marks")
     assert "README.md has no mark <!-- table 2" in command(ROOT / "tables.py", cwd=project, code=2)
