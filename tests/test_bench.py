@@ -76,6 +76,16 @@ def test_both_sides_of_the_comparisons_compute_the_same():
     assert bench.training_step(True, False, *common)[0]().isfinite()
 
 
+def test_16_bits_are_held_against_our_fp32(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "run_in_turns", inline)
+    monkeypatch.setattr(bench, "rates", lambda device, dtype: (1e9, 1e9))          # a CPU without bf16 takes minutes for its product
+    monkeypatch.setitem(bench.SIZES, "b2", bench.SIZES["b0"])
+    args = argparse.Namespace(size=[32, 64], batch=1, rounds=1, compile=False)
+    *_, half = bench.bench_peer(args, torch.device("cpu"), torch.bfloat16)
+    assert half["variant"] == "b2" and half["to_our_fp32"] > 0 and 0.5 < half["same_class"] <= 1          # rounded, but the same network
+    assert capsys.readouterr().out.count("x our fp32, the same class on") == 2
+
+
 def test_mistakes_are_a_sentence():
     assert "unknown subject 'speed'" in command("bench.py", "speed", code=2)
     assert "at least 32" in command("bench.py", "--size", 8, 8, code=2)
