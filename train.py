@@ -291,15 +291,15 @@ def train(args):
     stream = Stream(train_set, Augment(args.crop, train_set.size, args.scale_range, args.augment), args.seed)
     batches = iter(make_loader(stream, start, args, total_batch, device))
     parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
-    pending, clock = [], time.time()
+    pending, clock, waited = [], time.time(), 0.0                  # since the last report
 
     def report():
         """Read the losses of the pending steps from the device, once for all of them, and write them down."""
         rows = read_losses(pending, objective.weights, folder, record if scaler.is_enabled() else None)
         log.add(rows)
         board.add_rows(columns[1:], rows, "train")
-        speed = len(pending) * total_batch / (time.time() - clock)
-        print_progress(rows[-1], args.iters, objective.weights, speed, total_batch, record["skipped"])
+        seconds = time.time() - clock
+        print_progress(rows[-1], args.iters, objective.weights, len(pending) * total_batch / seconds, total_batch, waited / seconds, record["skipped"])
         pending.clear()
 
     def save(step):
@@ -318,8 +318,9 @@ def train(args):
             lr = learning_rate(step, args.iters, args.lr, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            asked = time.time()
             try:
-                images, labels = (part.to(device, non_blocking=True) for part in next(batches))
+                batch = next(batches)
             except (DatasetError, RuntimeError) as error:         # a broken frame; or a worker that SIGTERM ended before us
                 if not stop.number and not isinstance(error, DatasetError):
                     raise
@@ -329,6 +330,8 @@ def train(args):
                 if stop.number:
                     raise Stopped(stop.number, step, folder) from None
                 raise
+            waited += (time.time() - asked) * has_nothing_to_do(device)
+            images, labels = (part.to(device, non_blocking=True) for part in batch)
             objective.train()
             optimizer.zero_grad(set_to_none=True)
             began = time.time()
@@ -365,7 +368,7 @@ def train(args):
             if number and done < args.iters:
                 raise Stopped(number, done, folder)
             if not pending:
-                clock = time.time()
+                clock, waited = time.time(), 0.0
     if rank() == 0:
         with torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():      # not for four pictures
             finish(args, folder, teacher, record, val_set)
@@ -479,11 +482,16 @@ def advice(folder):
     return f"the last good checkpoint is {folder}/last.pth. A smaller --lr, --grad-clip 1 or --amp off may help"
 
 
-def print_progress(row, iters, weights, speed, total_batch, skipped):
+def has_nothing_to_do(device):
+    """A GPU works on what was queued while its process waits for data: that is no time lost, until the queue is empty."""
+    return device.type != "cuda" or torch.cuda.current_stream(device).query()
+
+
+def print_progress(row, iters, weights, speed, total_batch, waited, skipped):
     terms = " + ".join(f"{weight:g} {name} {float(value):.4f}" for (name, weight), value in zip(weights.items(), row[3:]))
     left = round((iters - row[0]) * total_batch / speed)
-    print(f"step {row[0]}/{iters}  loss {float(row[2]):.4f} = {terms}  lr {float(row[1]):.2e}  {speed:.1f} images/s  "
-          f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+    print(f"step {row[0]}/{iters}  loss {float(row[2]):.4f} = {terms}  lr {float(row[1]):.2e}  {speed:.1f} images/s "
+          f"({100 * waited:.0f} % waiting for data)  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
           + (f"  {skipped} steps skipped: fp16 overflow" if skipped else ""), flush=True)
 
 

@@ -128,6 +128,15 @@ def test_a_run_learns_and_writes_what_it_promises(tmp_path, folder):
     assert f"{100 * float(max(row['miou'] for row in scored)):.2f}" in output.split("IoU, %")[-1]
 
 
+def test_the_share_of_waiting_for_data_is_said(tmp_path, folder, monkeypatch, capsys):
+    def share():
+        train.train(train.build_parser().parse_args(list(map(str, ("--data", folder, *SMALL, "--iters", 2, "--out", tmp_path / str(time.time()))))))
+        return int(re.search(r"images/s \((\d+) % waiting for data\)", capsys.readouterr().out)[1])
+    fast, read = share(), data.Stream.__getitem__
+    monkeypatch.setattr(data.Stream, "__getitem__", lambda self, n: (time.sleep(1), read(self, n))[1])
+    assert fast < 50 < share() <= 100
+
+
 def test_distillation_logs_every_term_and_shows_teacher_and_student(tmp_path, folder, teacher):
     out = tmp_path / "kd"
     output = command("train.py", "--student", "b0", "--teacher", teacher, "--lambda-fd", 1, "--lambda-pe", 1, "--lambda-kl", 0.5, "--temperature", 4,
