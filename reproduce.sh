@@ -10,11 +10,11 @@
 # Nothing is selected: the last checkpoint is scored, once, on the 233 test frames (in the study: on the held-out fold).
 set -euo pipefail
 case ${1:-} in
-  short) teacher=3000 student=600 study_teacher=600 study=400 every=5 seeds=${SEEDS:-0} ;;
-  full) teacher=40000 student=40000 study_teacher=40000 study=40000 every=40 seeds=${SEEDS:-0 1 2} ;;
+  short) teacher=3000 student=600 long=3000 study_teacher=600 study=400 every=5 seeds=${SEEDS:-0} ;;
+  full) teacher=40000 student=40000 long=80000 study_teacher=40000 study=40000 every=40 seeds=${SEEDS:-0 1 2} ;;
   *) sed -n '2,/^set/{/^#/p}' "$0"; exit 2 ;;
 esac
-[[ -z ${STEPS:-} ]] || teacher=$STEPS student=$STEPS study_teacher=$STEPS study=$STEPS every=1       # STEPS=2: to try this script
+[[ -z ${STEPS:-} ]] || teacher=$STEPS student=$STEPS long=$STEPS study_teacher=$STEPS study=$STEPS every=1       # STEPS=2: to try this script
 schedule=$1; shift; wanted=" $* "
 : "${DATA:?say where CamVid is: DATA=camvid:DIR $0 $schedule}"
 
@@ -47,6 +47,12 @@ row b0-pe       "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 1
 row b0-kl-1     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 1
 row b0-kl-4     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 4
 row b0-all      "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lambda-kl 1 --temperature 4 --loss dice-focal --norm dyt-dyl
+
+# The same, trained for longer: plain, with what the paper distils, and with what paid in the short rows
+row b0-long         "$long" --student b0
+row b0-kd-long      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1
+row b0-dyt-long     "$long" --student b0 --norm dyt
+row b0-dyt-fd-long  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt
 
 # The CamVid KL study: 2 folds, by whole drives and, to show the leak, by shuffled frames
 every=$((every > 2 ? every / 2 : 1))                                                         # the held-out fold is half of CamVid: looked at less often

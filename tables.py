@@ -5,7 +5,7 @@
     python tables.py --figures                # also results/camvid-SCHEDULE/{loss,miou,radar}.png; needs matplotlib
 
 A number in these tables was never typed. A row that was not run is named below its table; a cell over several seeds is
-mean +- standard deviation (n - 1), and the difference to B0 is taken seed by seed.
+mean +- standard deviation (n - 1), and the difference to B0 (of the same steps) is taken seed by seed.
 """
 
 import argparse
@@ -20,7 +20,9 @@ ROWS = {                                                          # row of repro
     "b0-dyt-dyl": ("+ Tanh + Linear", "+ Tanh + Linear"), "b0-kd": ("+ KD (CSKD + PEKD)", "SegFormer-B0"),
     "b0-df": ("+ Dice-Focal", "SegFormer-B0"), "b0-fd": ("CSKD alone", "SegFormer-B0"), "b0-pe": ("PEKD alone", "SegFormer-B0"),
     "b0-kl-1": ("KL alone, T = 1", "SegFormer-B0"), "b0-kl-4": ("KL alone, T = 4", "SegFormer-B0"),
-    "b0-all": ("all: KD + KL (T = 4) + Dice-Focal + Tanh + Linear", "+ Tanh + Linear")}
+    "b0-all": ("all: KD + KL (T = 4) + Dice-Focal + Tanh + Linear", "+ Tanh + Linear"),
+    "b0-long": ("B0, longer", "SegFormer-B0"), "b0-kd-long": ("+ KD, longer", "SegFormer-B0"), "b0-dyt-long": ("+ Tanh, longer", "+ Tanh"),
+    "b0-dyt-fd-long": ("+ Tanh, CSKD alone, longer", "+ Tanh")}
 STUDY = {"b0": "B0", "kl-1.0": "KL, w = 1.0", "kl-0.5": "KL, w = 0.5", "b2": "B2, the teacher"}
 FIGURES = ("b0", "b0-kd", "b0-df", "b0-dyt")                      # the paper's four
 BENCH = Path("results/bench/cpu-2-threads.json")
@@ -59,9 +61,10 @@ def table_2(folder):
     rows = []
     for name, (title, network) in ROWS.items():
         if runs := found[name]:
+            base = "b0-long" if name.endswith("-long") else "b0"
             cells = [spread(run[where][key] for run in runs) for where, key in (("full", "miou"), ("full", "macc"), ("full", "aacc"), ("quarter", "miou"))]
             rows.append([title, f"{runs[0]['recipe']['parameters']:,}", f"{speed[network]['macs_published'] / 1e9:.2f}", f"{speed[network]['fps_folded']:.2f}",
-                         str(runs[0]["recipe"]["iters"]), str(len(runs)), *cells, "" if name == "b0" else difference(runs, found["b0"])])
+                         str(runs[0]["recipe"]["iters"]), str(len(runs)), *cells, "" if name == base else difference(runs, found[base])])
     missing = [title for name, (title, _) in ROWS.items() if not found[name]]
     return markdown(["", "parameters", "G MACs", "FPS", "steps", "seeds", "mIoU", "mAcc", "aAcc", "mIoU at a quarter", "to B0"], rows) \
         + (f"\n\nNot run yet: {', '.join(missing)}." if missing else "")
