@@ -37,17 +37,17 @@ def read_row(folder, files=("test", "quarter")):
     return found
 
 
-def spread(values):
-    """Percent: mean, and +- standard deviation where there are several."""
+def spread(values, sign=""):
+    """Percent: mean, and +- standard deviation where there are several; sign "+": with its sign."""
     values = [100 * value for value in values]
-    return f"{statistics.mean(values):.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):{sign}.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def difference(runs, base):
-    """Percent: mean of run - base over the seeds that both have."""
+    """Percent: run - base, over the seeds that both have."""
     seeds = {run["recipe"]["seed"]: run["full"]["miou"] for run in base}
     pairs = [run["full"]["miou"] - seeds[run["recipe"]["seed"]] for run in runs if run["recipe"]["seed"] in seeds]
-    return f"{100 * statistics.mean(pairs):+.2f}" if pairs else ""
+    return spread(pairs, "+") if pairs else ""
 
 
 def markdown(head, rows):
