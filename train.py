@@ -626,7 +626,7 @@ def build_parser():
     add("--folds", type=number(int, 2), help="how many folds (default 2)")
     add("--fold-by", choices=("drive", "block", "shuffle"), help="whole drives, blocks of neighbours, or shuffled frames, which leak")
     add("--amp", choices=("auto", "fp16", "bf16", "off"), help="mixed precision; auto: fp16 on CUDA, else off")
-    add("--compile", action="store_true", default=None, help="torch.compile student, losses and teacher: minutes at the first step; meant for a GPU, on a CPU the others were slower too")
+    add("--compile", action="store_true", default=None, help="torch.compile student, losses and teacher: minutes at the first step; meant for a GPU: on a CPU it was slower than without")
     add("--workers", type=number(int, 0), help="processes that read data (default: up to 4)")
     add("--cache", metavar="DIR", help="keep decoded frames there, 4 bytes a pixel, shared by all workers and runs (default: decode each time)")
     add("--seed", type=number(int, 0, 2 ** 31), help="of weights, order, augmentation and dropout (default 0)")
