@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Augment, draw_scene, open_dataset
-from eval import MISTAKES, UsageError, keep_freed_memory, no_nan, pick_device
+from eval import HALF, MISTAKES, UsageError, keep_freed_memory, no_nan, pick_device
 from losses import (IGNORE, Projections, class_weights, cskd, dice_loss, focal_loss, kl_distillation, pekd, weighted_cross_entropy)
 from model import NORMS, SIZES, SMALLEST, rename, segformer
 
@@ -504,7 +504,8 @@ def bench_peer(args, device, dtype):
     rows, limits = [], rates(device, dtype)
     for variant in ("b0", "b2"):
         where = (variant, tuple(args.size), args.batch, str(device))
-        theirs, ours, exact = (peer_inference(which, False, *where, kind)[0]().float() for which, kind in ((False, dtype), (True, dtype), (True, torch.float32)))
+        theirs, ours = (peer_inference(which, False, *where, dtype)[0]().float() for which in (False, True))
+        exact = ours if dtype == torch.float32 else peer_inference(True, False, *where, torch.float32)[0]()
         half = {"ours, fp32": (device.type == "cpu", peer_inference, (True, False, *where, torch.float32))} if dtype != torch.float32 else {}
         results = compare(peer_inference, (*where, dtype), args.compile, args.rounds, device, **half)
         for name, timing in results.items():
@@ -603,7 +604,7 @@ def main():
     parser.add_argument("--batch", type=int, default=1, help="images a forward (default 1); a step takes two at least")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds, the median counts (default 9)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "fp16", "bf16"), help="fp32, or autocast to 16 bits")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", *HALF), help="fp32, or autocast to 16 bits")
     parser.add_argument("--compile", action="store_true", help="torch.compile ours (CUDA: with CUDA graphs); losses and data stay as they are")
     parser.add_argument("--data", metavar="SPEC", help="what the subject data reads: camvid:DIR, cityscapes:DIR or folder:DIR (default: drawn frames, written as .png)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers for machines")
@@ -618,7 +619,7 @@ def main():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
         print(f"{name}, torch {torch.__version__}, {args.dtype}, batch {args.batch}, {args.size[0]}x{args.size[1]}, {CLASSES} classes, "
               f"logits at a quarter, median of {args.rounds} rounds", flush=True)
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+        dtype = HALF.get(args.dtype, torch.float32)
         results = {subject: SUBJECTS[subject](args, device, dtype) for subject in args.subjects or ["model"]}
         if args.json:
             with open(args.json, "w") as file:

@@ -4,6 +4,7 @@
     python eval.py student.pth --data toy --json scores.json --overlay pictures/
     python eval.py student.pth --images photos/ --out segmented/           # your own photos: id maps and overlays
     python eval.py student.pth --images huge.jpg --out segmented/ --window 1024 1024
+    python eval.py student.pth --data camvid:DIR --amp bf16                # in 16 bits, and how many pixels keep their class
     python eval.py student.pth --export student.onnx                       # for your device (see export.py); --half small.pth
     python eval.py runs/a/best.pth runs/b/best.pth --plot figures/         # the paper's figures 4-6 (see plot.py)
 
@@ -32,6 +33,7 @@ from data import (CITYSCAPES, IGNORE, SPLITS, DatasetError, colours, grid, legen
                   read_picture)
 from model import SMALLEST, CheckpointError, load_checkpoint, save_checkpoint
 
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -145,6 +147,18 @@ def evaluate(model, dataset, size=None, quarter=False, progress=None, **how):
     return confusion
 
 
+def same_class(model, dataset, size=None, **how):
+    """Share of the dataset's pixels, void ones too, that have one class in fp32 and under the autocast that this runs in."""
+    same, pixels, device = 0, 0, next(model.parameters()).device
+    for i in range(len(dataset)):
+        image, label = dataset[i]
+        half = segment(model, image, size, **how)                                   # (H, W)
+        with torch.autocast(device.type, enabled=False):
+            same += (half == segment(model, image, size, **how)).sum().item()
+        pixels += label.numel()
+    return same / pixels
+
+
 # ---------------------------------------------------------------- what is shown
 
 def percent(value, width=8, sign=""):
@@ -255,16 +269,19 @@ def run_scores(args, models):
     for path, model in models.items():
         confusion = evaluate(model, dataset, model.input_size, args.quarter, show_progress(path), **how(args))
         results.append(scores(confusion) | {"confusion": confusion.tolist()})
+        if args.amp != "off":
+            results[-1]["same_class"] = same_class(model, dataset, model.input_size, **how(args))
     fold = "" if args.fold is None else f", fold {args.fold} of {args.folds}"
     resolution = "a quarter of the input, as the paper's code (not comparable with full resolution)" if args.quarter \
         else "the labels' full resolution"
     print(f"\n{dataset.name} {args.split}{fold}, {len(dataset)} frames, scored at {resolution}{in_words(args)}")
-    for path, model in models.items():
-        print(f"  {path}: input {'as it is' if model.input_size is None or args.window else '{}x{} (HxW)'.format(*model.input_size)}")
+    for (path, model), result in zip(models.items(), results):
+        kept = f"; {100 * result['same_class']:.3f} % of the pixels have their class in fp32" if args.amp != "off" else ""
+        print(f"  {path}: input {'as it is' if model.input_size is None or args.window else '{}x{} (HxW)'.format(*model.input_size)}{kept}")
     print(table(list(models), results, dataset.classes))
     if args.json:
         content = dict(data=args.data, split=args.split, fold=args.fold, folds=args.folds, frames=len(dataset), classes=dataset.classes,
-                       resolution="quarter" if args.quarter else "full", **how(args),
+                       resolution="quarter" if args.quarter else "full", amp=args.amp, **how(args),
                        checkpoints=[dict(path=path, variant=model.variant, input_size=model.input_size, **no_nan(result))
                                     for (path, model), result in zip(models.items(), results)])
         Path(args.json).write_text(json.dumps(content, indent=1))
@@ -298,7 +315,8 @@ def how(args):
 def in_words(args):
     words = [f"windows of {args.window[0]}x{args.window[1]}"] if args.window else []
     words += [f"scales {', '.join(f'{scale:g}' for scale in args.scales)}"] if args.scales != [1.0] else []
-    return "".join(f", {word}" for word in words + ["and mirrored"] * args.flip)
+    words += ["and mirrored"] * args.flip + [f"in {args.amp}"] * (args.amp != "off")
+    return "".join(f", {word}" for word in words)
 
 
 def no_nan(value):
@@ -436,6 +454,7 @@ def build_parser():
     parser.add_argument("--export", metavar="FILE", help="write the network for another runtime: .onnx or .pt2")
     parser.add_argument("--logits", action="store_true", help="--export makes the logits at a quarter the output, not the classes")
     parser.add_argument("--half", metavar="FILE", help="write the checkpoint with fp16 weights, half the size, for distribution")
+    parser.add_argument("--amp", default="off", choices=("off", *HALF), help="run the network in 16 bits; scores then say how many pixels keep their class")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser
 
@@ -455,6 +474,8 @@ def check_flags(parser, args):
     unused = next((flag for flag in ("json", "overlay", "strip", "plot", "quarter", "fold") if tasks and getattr(args, flag) is not None and getattr(args, flag) is not False), None)
     if unused:
         parser.error(f"--{unused} is of the scores, and --{tasks[0]} makes none")
+    if args.amp != "off" and (args.export or args.half):
+        parser.error("--amp is of running the network, and --export and --half write it")
     if args.size and args.size != [0, 0] and min(args.size) < SMALLEST:
         parser.error(f"--size must be at least {SMALLEST} {SMALLEST}, or 0 0")
     if args.window and min(args.window) < SMALLEST:
@@ -487,7 +508,8 @@ def main():
             for model in models.values():
                 if args.size:
                     model.input_size = None if args.size == [0, 0] else tuple(args.size)
-            problems = run_images(args, models[first]) if args.images else run_scores(args, models) or []
+            with torch.autocast(device.type, HALF.get(args.amp), enabled=args.amp != "off"):
+                problems = run_images(args, models[first]) if args.images else run_scores(args, models) or []
     except (*MISTAKES, NotFinite) as error:
         problems = [str(error)]
     except OSError as error:

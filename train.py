@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import CITYSCAPES, IGNORE, Augment, DatasetError, Stream, open_dataset, pixel_counts
-from eval import (MISTAKES, NotFinite, UsageError, check_classes, draw_comparison, evaluate, keep_freed_memory, other_classes,
+from eval import (HALF, MISTAKES, NotFinite, UsageError, check_classes, draw_comparison, evaluate, keep_freed_memory, other_classes,
                   pick_device, scores, show_progress, table, warn_of_leak)
 from losses import (Projections, class_weights, cskd, dice_loss, focal_loss, kl_distillation, pekd, weighted_cross_entropy)
 from model import NORMS, SIZES, SMALLEST, Features, load_checkpoint, save_checkpoint, segformer
@@ -269,7 +269,7 @@ def train(args):
     student, teacher, objective = make_networks(args, train_set, device, folder / "last.pth" if saved else None)
     optimizer = make_optimizer(objective, args, device)
     check_owned(objective, optimizer)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.amp)
+    half = HALF.get(args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and device.type != "mps")
 
     def cast():
@@ -625,7 +625,7 @@ def build_parser():
     add("--fold", type=number(int, 0), help="validate on this fold and train on the others; counts from 0 (default: the data's own splits)")
     add("--folds", type=number(int, 2), help="how many folds (default 2)")
     add("--fold-by", choices=("drive", "block", "shuffle"), help="whole drives, blocks of neighbours, or shuffled frames, which leak")
-    add("--amp", choices=("auto", "fp16", "bf16", "off"), help="mixed precision; auto: fp16 on CUDA, else off")
+    add("--amp", choices=("auto", *HALF, "off"), help="mixed precision; auto: fp16 on CUDA, else off")
     add("--compile", action="store_true", default=None, help="torch.compile student, losses and teacher: minutes at the first step; meant for a GPU: on a CPU it was slower than without")
     add("--workers", type=number(int, 0), help="processes that read data (default: up to 4)")
     add("--cache", metavar="DIR", help="keep decoded frames there, 4 bytes a pixel, shared by all workers and runs (default: decode each time)")

@@ -148,6 +148,20 @@ def test_command_scores_with_windows_scales_and_flips(folder, checkpoint, tmp_pa
     assert content["checkpoints"][0]["miou"] == pytest.approx(expected["miou"])
 
 
+def test_command_scores_in_16_bits_and_says_what_that_moves(folder, checkpoint, tmp_path):
+    output = command("eval.py", checkpoint, "--data", folder, "--split", "train", "--amp", "bf16", "--flip", "--json", tmp_path / "s.json")
+    content = json.loads((tmp_path / "s.json").read_text())
+    result, network, dataset = content["checkpoints"][0], load_checkpoint(checkpoint).fold(), open_dataset(folder, "train")
+    exact = [segment(network, dataset[i][0], flip=True) for i in range(len(dataset))]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = [segment(network, dataset[i][0], flip=True) for i in range(len(dataset))]
+        expected = evaluate(network, dataset, flip=True)
+    assert content["amp"] == "bf16" and result["confusion"] == expected.tolist()
+    assert result["same_class"] == pytest.approx((torch.stack(exact) == torch.stack(half)).float().mean().item())
+    assert 0.9 < result["same_class"] < 1                                           # 1 would be fp32 against itself
+    assert "and mirrored, in bf16" in output and f"{100 * result['same_class']:.3f} % of the pixels have their class in fp32" in output
+
+
 def test_command_draws_frames_chosen_by_their_score(folder, checkpoint, tmp_path):
     output = command("eval.py", checkpoint, "--data", folder, "--split", "train", "--strip", tmp_path / "strip.png")
     network, dataset = load_checkpoint(checkpoint).fold(), open_dataset(folder, "train")
@@ -259,7 +273,7 @@ def test_command_segments_photos_and_goes_on_after_a_broken_one(checkpoint, tmp_
     (["{net}", "--images", "x.png"], "go together"), (["{net}", "--window", "64", "64", "--stride", "65", "9"], "pixels would be left out"),
     (["{net}", "--stride", "9", "9"], "goes with --window"), (["{net}", "--quarter", "--flip"], "paper's protocol"), (["{net}", "--scales", "0"], "above 0"),
     (["{net}", "--export", "x.tflite"], "must end in .pt2 or .onnx"), (["{net}", "--half", "x", "--export", "y"], "two tasks"),
-    (["{net}", "{net}", "--export", "x.pt2"], "takes one checkpoint"), (["{net}", "--logits"], "goes with --export"), (["{net}", "--half", "x", "--json", "y"], "makes none"), (["{net}", "--size", "8", "8"], "at least 32"), (["{net}", "--device", "tpu9"], "device 'tpu9'"),
+    (["{net}", "{net}", "--export", "x.pt2"], "takes one checkpoint"), (["{net}", "--logits"], "goes with --export"), (["{net}", "--half", "x", "--json", "y"], "makes none"), (["{net}", "--half", "x", "--amp", "bf16"], "of running the network"), (["{net}", "--size", "8", "8"], "at least 32"), (["{net}", "--device", "tpu9"], "device 'tpu9'"),
     (["{net}", "--split", "training"], "invalid choice"), (["{net}", "--data", "{folder}", "--json", "/no/such/dir/x.json"], "No such file or directory")])
 def test_mistakes_are_a_sentence_and_exit_code_2(args, sentence, folder, checkpoint, tmp_path):
     args = [arg.format(net=checkpoint, tmp=tmp_path, folder=folder) for arg in args]
