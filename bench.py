@@ -118,7 +118,7 @@ def distance(name, run, seconds, macs_rate, bytes_rate):
     """-> a line about how far `seconds` are from this device's limits, and its numbers."""
     macs, count = sum(macs_of(run)), count_bytes(run)
     arithmetic, memory = macs / macs_rate, count / bytes_rate
-    print(f"{name}: {macs / 1e9:.1f} G MACs at {macs_rate / 1e9:.0f} G/s are {1e3 * arithmetic:.0f} ms, {100 * arithmetic / seconds:.0f} % of the time taken (arithmetic "
+    print(f"{name}: {macs / 1e9:.1f} G MACs at {macs_rate / 1e9:.3g} G/s are {1e3 * arithmetic:.0f} ms, {100 * arithmetic / seconds:.0f} % of the time taken (arithmetic "
           f"limit); {count / 1e9:.1f} GB at {bytes_rate / 1e9:.1f} GB/s are {1e3 * memory:.0f} ms, {100 * memory / seconds:.0f} % (memory limit)", flush=True)
     return dict(name=name, macs=macs, bytes=count, arithmetic_limit=arithmetic / seconds, memory_limit=memory / seconds,
                 macs_a_second=macs_rate, bytes_a_second=bytes_rate)
