@@ -61,10 +61,10 @@ def table_2(folder):
     rows = []
     for name, (title, network) in ROWS.items():
         if runs := found[name]:
-            base = "b0-long" if name.endswith("-long") else "b0"
+            base = next((found[plain] for plain in ("b0", "b0-long") if found[plain] and found[plain][0]["recipe"]["iters"] == runs[0]["recipe"]["iters"]), [])
             cells = [spread(run[where][key] for run in runs) for where, key in (("full", "miou"), ("full", "macc"), ("full", "aacc"), ("quarter", "miou"))]
             rows.append([title, f"{runs[0]['recipe']['parameters']:,}", f"{speed[network]['macs_published'] / 1e9:.2f}", f"{speed[network]['fps_folded']:.2f}",
-                         str(runs[0]["recipe"]["iters"]), str(len(runs)), *cells, "" if name == base else difference(runs, found[base])])
+                         str(runs[0]["recipe"]["iters"]), str(len(runs)), *cells, "" if runs is base else difference(runs, base)])
     missing = [title for name, (title, _) in ROWS.items() if not found[name]]
     return markdown(["", "parameters", "G MACs", "FPS", "steps", "seeds", "mIoU", "mAcc", "aAcc", "mIoU at a quarter", "to B0"], rows) \
         + (f"\n\nNot run yet: {', '.join(missing)}." if missing else "")
