@@ -15,14 +15,15 @@ import statistics
 import sys
 from pathlib import Path
 
-ROWS = {                                                          # row of reproduce.sh: (what it is called, its network in bench.py)
+ROWS = {                                                          # row of reproduce.sh: (what it is called, its network in bench.py if that is timed)
     "b2": ("B2, the teacher", "SegFormer-B2"), "b0": ("B0", "SegFormer-B0"), "b0-dyt": ("+ Tanh", "+ Tanh"),
     "b0-dyt-dyl": ("+ Tanh + Linear", "+ Tanh + Linear"), "b0-kd": ("+ KD (CSKD + PEKD)", "SegFormer-B0"),
     "b0-df": ("+ Dice-Focal", "SegFormer-B0"), "b0-fd": ("CSKD alone", "SegFormer-B0"), "b0-pe": ("PEKD alone", "SegFormer-B0"),
     "b0-kl-1": ("KL alone, T = 1", "SegFormer-B0"), "b0-kl-4": ("KL alone, T = 4", "SegFormer-B0"),
     "b0-all": ("all: KD + KL (T = 4) + Dice-Focal + Tanh + Linear", "+ Tanh + Linear"),
     "b0-long": ("B0, longer", "SegFormer-B0"), "b0-kd-long": ("+ KD, longer", "SegFormer-B0"), "b0-dyt-long": ("+ Tanh, longer", "+ Tanh"),
-    "b0-dyt-fd-long": ("+ Tanh, CSKD alone, longer", "+ Tanh")}
+    "b0-dyt-fd-long": ("+ Tanh, CSKD alone, longer", "+ Tanh"), "b2-dyt": ("B2 + Tanh, another teacher", None),
+    "b0-dyt-fd-dyt-long": ("+ Tanh, CSKD alone from B2 + Tanh, longer", "+ Tanh")}
 STUDY = {"b0": "B0", "kl-1.0": "KL, w = 1.0", "kl-0.5": "KL, w = 0.5", "b2": "B2, the teacher"}
 FIGURES = ("b0", "b0-kd", "b0-df", "b0-dyt")                      # the paper's four
 BENCH = Path("results/bench/cpu-2-threads.json")
@@ -63,7 +64,8 @@ def table_2(folder):
         if runs := found[name]:
             base = next((found[plain] for plain in ("b0", "b0-long") if found[plain] and found[plain][0]["recipe"]["iters"] == runs[0]["recipe"]["iters"]), [])
             cells = [spread(run[where][key] for run in runs) for where, key in (("full", "miou"), ("full", "macc"), ("full", "aacc"), ("quarter", "miou"))]
-            rows.append([title, f"{runs[0]['recipe']['parameters']:,}", f"{speed[network]['macs_published'] / 1e9:.2f}", f"{speed[network]['fps_folded']:.2f}",
+            timed = [f"{speed[network]['macs_published'] / 1e9:.2f}", f"{speed[network]['fps_folded']:.2f}"] if network else ["-", "-"]
+            rows.append([title, f"{runs[0]['recipe']['parameters']:,}", *timed,
                          str(runs[0]["recipe"]["iters"]), str(len(runs)), *cells, "" if runs is base else difference(runs, base)])
     missing = [title for name, (title, _) in ROWS.items() if not found[name]]
     return markdown(["", "parameters", "G MACs", "FPS", "steps", "seeds", "mIoU", "mAcc", "aAcc", "mIoU at a quarter", "to B0"], rows) \

@@ -35,7 +35,7 @@ def project(tmp_path):
     runs = tmp_path / "results/camvid-short"
     leave(runs / "b0", 0.30, 0), leave(runs / "b0", 0.34, 1), leave(runs / "b0-kd", 0.35, 1)
     leave(runs / "b0-fd", 0.31, 0), leave(runs / "b0-fd", 0.33, 1)
-    leave(runs / "b0-long", 0.50, iters=99), leave(runs / "b0-kd-long", 0.48, iters=99), leave(runs / "b2", 0.60, iters=99)
+    leave(runs / "b0-long", 0.50, iters=99), leave(runs / "b0-kd-long", 0.48, iters=99), leave(runs / "b2", 0.60, iters=99), leave(runs / "b2-dyt", 0.7, iters=7)
     for fold, miou in ((0, 0.2), (1, 0.4)):
         leave(runs / f"study-drive-{fold}-b0", miou)
         (runs / f"study-drive-{fold}-b0/0/quarter.json").unlink()                    # the study has none
@@ -53,6 +53,7 @@ def test_tables_are_means_of_the_files(project):
     assert "| 10 | 2 | 32.00 +- 1.41 | 33.00 +- 1.41 | 34.00 +- 1.41 | 42.00 +- 1.41 | +0.00 +- 1.41 |" in text
     assert "| 99 | 1 | 50.00 | 51.00 | 52.00 | 60.00 |  |" in text and "| 99 | 1 | 48.00 | 49.00 | 50.00 | 58.00 | -2.00 |" in text       # of the same steps
     assert "| 99 | 1 | 60.00 | 61.00 | 62.00 | 70.00 | +10.00 |" in text         # the teacher's too
+    assert "another teacher | 123 | - | - | 7 | 1 | 70.00 | 71.00 | 72.00 | 80.00 |  |" in text          # not timed, and no B0 of its steps
     assert "Not run yet: + Tanh," in text
     assert "| B0 | 30.0 | 30.0 | 30.00 | 31.00 | 32.00 | 10 |" in text and "90.0" not in text      # one fold is no mean of two
     assert "B2, the teacher, folds of whole drives; B0, folds of shuffled frames" in text
