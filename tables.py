@@ -51,6 +51,12 @@ def difference(runs, base):
     return spread(pairs, "+") if pairs else ""
 
 
+def baseline(found, runs):
+    """-> the runs of the plain B0 that was trained for as many steps as `runs`; [] where there is none."""
+    steps = runs[0]["recipe"]["iters"]
+    return next((found[name] for name in ("b0", "b0-long") if found[name] and found[name][0]["recipe"]["iters"] == steps), [])
+
+
 def markdown(head, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
@@ -62,14 +68,14 @@ def table_2(folder):
     rows = []
     for name, (title, network) in ROWS.items():
         if runs := found[name]:
-            base = next((found[plain] for plain in ("b0", "b0-long") if found[plain] and found[plain][0]["recipe"]["iters"] == runs[0]["recipe"]["iters"]), [])
+            base = baseline(found, runs)
             cells = [spread(run[where][key] for run in runs) for where, key in (("full", "miou"), ("full", "macc"), ("full", "aacc"), ("quarter", "miou"))]
             timed = [f"{speed[network]['macs_published'] / 1e9:.2f}", f"{speed[network]['fps_folded']:.2f}"] if network else ["-", "-"]
             rows.append([title, f"{runs[0]['recipe']['parameters']:,}", *timed,
                          str(runs[0]["recipe"]["iters"]), str(len(runs)), *cells, "" if runs is base else difference(runs, base)])
     missing = [title for name, (title, _) in ROWS.items() if not found[name]]
     return markdown(["", "parameters", "G MACs", "FPS", "steps", "seeds", "mIoU", "mAcc", "aAcc", "mIoU at a quarter", "to B0"], rows) \
-        + (f"\n\nNot run yet: {', '.join(missing)}." if missing else "")
+        + (f"\n\nNot run yet: {'; '.join(missing)}." if missing else "")
 
 
 def study(folder):

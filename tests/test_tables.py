@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,12 +55,19 @@ def test_tables_are_means_of_the_files(project):
     assert "| 99 | 1 | 50.00 | 51.00 | 52.00 | 60.00 |  |" in text and "| 99 | 1 | 48.00 | 49.00 | 50.00 | 58.00 | -2.00 |" in text       # of the same steps
     assert "| 99 | 1 | 60.00 | 61.00 | 62.00 | 70.00 | +10.00 |" in text         # the teacher's too
     assert "another teacher | 123 | - | - | 7 | 1 | 70.00 | 71.00 | 72.00 | 80.00 |  |" in text          # not timed, and no B0 of its steps
-    assert "Not run yet: + Tanh," in text
+    assert "Not run yet: + Tanh; + Tanh + Linear;" in text
     assert "| B0 | 30.0 | 30.0 | 30.00 | 31.00 | 32.00 | 10 |" in text and "90.0" not in text      # one fold is no mean of two
     assert "B2, the teacher, folds of whole drives; B0, folds of shuffled frames" in text
     assert {path.name for path in (project / "results/camvid-short").glob("*.png")} == {"loss.png", "miou.png", "radar.png"}
     command(ROOT / "tables.py", cwd=project)
     assert (project / "README.md").read_text() == text             # made again, the same
+
+
+def test_every_row_that_is_run_is_shown():
+    script = (ROOT / "reproduce.sh").read_text()
+    assert re.findall(r"^(?:seeds=0 )?row (\S+)", script, re.MULTILINE) == list(tables.ROWS)
+    assert re.findall(r'^ +(?:seeds=0 )?row "study-\$by-\$fold-(\S+)"', script, re.MULTILINE) == ["b2", "b0", "kl-1.0", "kl-0.5"]
+    assert set(tables.STUDY) == {"b2", "b0", "kl-1.0", "kl-0.5"}
 
 
 def test_mistakes_are_a_sentence(project):
