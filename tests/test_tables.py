@@ -90,7 +90,7 @@ def test_reproduce_runs_rows_scores_them_and_skips_what_is_done(tmp_path):
             label = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64) % 12
             Image.fromarray(np.stack([label * 20] * 3, 2)).save(tmp_path / "set" / split / f"{drive}_{split}.png")
             Image.fromarray(label).save(tmp_path / "set" / f"{split}annot" / f"{drive}_{split}.png")
-    env = {**os.environ, "DATA": f"camvid:{tmp_path / 'set'}", "STEPS": "1", "OMP_NUM_THREADS": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = {**os.environ, "DATA": f"camvid:{tmp_path / 'set'}", "STEPS": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def reproduce(*args, **more):
         return subprocess.run(["bash", "reproduce.sh", *args], cwd=tmp_path, env=env | more, capture_output=True, text=True, timeout=300)
