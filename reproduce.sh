@@ -48,7 +48,14 @@ row b0-kl-1     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 -
 row b0-kl-4     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 4
 row b0-all      "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lambda-kl 1 --temperature 4 --loss dice-focal --norm dyt-dyl
 
-# The same, trained for longer: plain, with what the paper distils, and with what paid in the short rows
+# Is it only the learning rate? The baseline and what paid, at half the rate, twice and four times
+for lr in 3e-4 1.2e-3 2.4e-3; do
+  row "b0-lr-$lr"      "$student" --student b0 --lr "$lr"
+  row "b0-dyt-lr-$lr"  "$student" --student b0 --norm dyt --lr "$lr"
+  row "b0-kd-lr-$lr"   "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr "$lr"
+done
+
+# The short rows, trained for longer: plain, with what the paper distils, and with what paid in the short rows
 row b0-long         "$long" --student b0
 row b0-kd-long      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1
 row b0-dyt-long     "$long" --student b0 --norm dyt

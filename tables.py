@@ -9,6 +9,7 @@ mean +- standard deviation (n - 1), and the difference to B0 (of the same steps)
 """
 
 import argparse
+import csv
 import json
 import re
 import statistics
@@ -24,6 +25,7 @@ ROWS = {                                                          # row of repro
     "b0-long": ("B0, longer", "SegFormer-B0"), "b0-kd-long": ("+ KD, longer", "SegFormer-B0"), "b0-dyt-long": ("+ Tanh, longer", "+ Tanh"),
     "b0-dyt-fd-long": ("+ Tanh, CSKD alone, longer", "+ Tanh"), "b2-dyt": ("B2 + Tanh, another teacher", None),
     "b0-dyt-fd-dyt-long": ("+ Tanh, CSKD alone from B2 + Tanh, longer", "+ Tanh")}
+RATES = {"3e-4": "-lr-3e-4", "6e-4": "", "1.2e-3": "-lr-1.2e-3", "2.4e-3": "-lr-2.4e-3"}           # learning rate: what its rows' names end with
 STUDY = {"b0": "B0", "kl-1.0": "KL, w = 1.0", "kl-0.5": "KL, w = 0.5", "b2": "B2, the teacher"}
 FIGURES = ("b0", "b0-kd", "b0-df", "b0-dyt")                      # the paper's four
 BENCH = Path("results/bench/cpu-2-threads.json")
@@ -78,6 +80,21 @@ def table_2(folder):
         + (f"\n\nNot run yet: {'; '.join(missing)}." if missing else "")
 
 
+def rates(folder):
+    """The baseline and what paid at other learning rates, over the seeds that all of them have: mIoU on test, and on val, by
+    which a rate may be chosen -> markdown."""
+    names = ("b0", "b0-dyt", "b0-kd")
+    found = {name + end: {run["recipe"]["seed"]: run for run in read_row(folder / (name + end))} for name in names for end in RATES.values()}
+    seeds = set.intersection(*(set(runs) for runs in found.values() if runs))
+
+    def cell(runs):
+        runs = [runs[seed] for seed in sorted(seeds) if seed in runs]
+        val = (list(csv.DictReader(open(run["folder"] / "scores.csv")))[-1]["miou"] for run in runs)          # of the last checkpoint too
+        return f"{spread(run['full']['miou'] for run in runs)} ({spread(map(float, val))})" if runs else "-"
+    return markdown([f"learning rate, seed {', '.join(map(str, sorted(seeds)))}", *RATES],
+                    [[ROWS[name][0], *(cell(found[name + end]) for end in RATES.values())] for name in names])
+
+
 def study(folder):
     """The KL study: per-class IoU, mean over the two folds, by whole drives and by shuffled frames -> markdown."""
     text, missing = [], []
@@ -118,7 +135,9 @@ def main():
     try:
         if not read_row(folder / "b0"):
             raise ValueError(f"{folder} holds no row b0 yet: DATA=camvid:DIR ./reproduce.sh {args.schedule} b0")
-        text = insert(insert(readme.read_text(), "table 2", table_2(folder)), "study", study(folder))
+        text = readme.read_text()
+        for name, make in (("table 2", table_2), ("rates", rates), ("study", study)):
+            text = insert(text, name, make(folder))
         readme.write_text(text)
         print(f"README.md: tables of {folder}")
         for path in draw(folder) if args.figures else []:

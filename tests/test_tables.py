@@ -41,7 +41,8 @@ def project(tmp_path):
         leave(runs / f"study-drive-{fold}-b0", miou)
         (runs / f"study-drive-{fold}-b0/0/quarter.json").unlink()                    # the study has none
     leave(runs / "study-drive-0-b2", 0.9)
-    (tmp_path / "README.md").write_text("before\n<!-- table 2: made -->\nstale\n<!-- end -->\nbetween\n<!-- study: made -->\n<!-- end -->\nafter\n")
+    leave(runs / "b0-kd-lr-1.2e-3", 0.45, 1)
+    (tmp_path / "README.md").write_text("before\n<!-- table 2: made -->\nstale\n<!-- end -->\nbetween\n<!-- rates: made -->\n<!-- end -->\n<!-- study: made -->\n<!-- end -->\nafter\n")
     return tmp_path
 
 
@@ -57,6 +58,7 @@ def test_tables_are_means_of_the_files(project):
     assert "another teacher | 123 | - | - | 7 | 1 | 70.00 | 71.00 | 72.00 | 80.00 |  |" in text          # not timed, and no B0 of its steps
     assert "Not run yet: + Tanh; + Tanh + Linear;" in text
     assert "| B0 | 30.0 | 30.0 | 30.00 | 31.00 | 32.00 | 10 |" in text and "90.0" not in text      # one fold is no mean of two
+    assert "| learning rate, seed 1 |" in text and "| B0 | - | 34.00 (20.00) | - | - |" in text and "| + KD (CSKD + PEKD) | - | 35.00 (20.00) | 45.00 (20.00) | - |" in text
     assert "B2, the teacher, folds of whole drives; B0, folds of shuffled frames" in text
     assert {path.name for path in (project / "results/camvid-short").glob("*.png")} == {"loss.png", "miou.png", "radar.png"}
     command(ROOT / "tables.py", cwd=project)
@@ -67,6 +69,8 @@ def test_every_row_that_is_run_is_shown():
     script = (ROOT / "reproduce.sh").read_text()
     assert re.findall(r"^(?:seeds=0 )?row (\S+)", script, re.MULTILINE) == list(tables.ROWS)
     assert re.findall(r'^ +(?:seeds=0 )?row "study-\$by-\$fold-(\S+)"', script, re.MULTILINE) == ["b2", "b0", "kl-1.0", "kl-0.5"]
+    rows, rates = re.findall(r'^  row "(\S+)-lr-\$lr"', script, re.MULTILINE), re.search(r"for lr in (.*);", script)[1].split()
+    assert rows == ["b0", "b0-dyt", "b0-kd"] and {f"-lr-{rate}" for rate in rates} | {""} == set(tables.RATES.values())
     assert set(tables.STUDY) == {"b2", "b0", "kl-1.0", "kl-0.5"}
 
 
