@@ -48,8 +48,8 @@ row b0-kl-1     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 -
 row b0-kl-4     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 4
 row b0-all      "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lambda-kl 1 --temperature 4 --loss dice-focal --norm dyt-dyl
 
-# Is it only the learning rate? The baseline and what paid, at half the rate, twice and four times
-for lr in 3e-4 1.2e-3 2.4e-3; do
+# Is it only the learning rate? The baseline and what paid, from half the rate to eight times
+for lr in 3e-4 1.2e-3 2.4e-3 4.8e-3; do
   row "b0-lr-$lr"      "$student" --student b0 --lr "$lr"
   row "b0-dyt-lr-$lr"  "$student" --student b0 --norm dyt --lr "$lr"
   row "b0-kd-lr-$lr"   "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr "$lr"
@@ -61,9 +61,9 @@ row b0-kd-long      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1
 row b0-dyt-long     "$long" --student b0 --norm dyt
 row b0-dyt-fd-long  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt
 
-# The same at the rate that val chose above, from a teacher with what paid
+# The same at the rates that val chose above, from a teacher with what paid
 seeds=0 row b2-tuned  "$teacher" --student b2 --norm dyt --lr 1.2e-3
-T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-0/last.pth" --lr 1.2e-3)
+T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-0/last.pth" --lr 2.4e-3)
 row b0-tuned         "$long" --student b0 --lr 1.2e-3
 row b0-kd-tuned      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1
 row b0-dyt-tuned     "$long" --student b0 --lr 1.2e-3 --norm dyt

@@ -5,7 +5,7 @@
     python tables.py --figures                # also results/camvid-SCHEDULE/{loss,miou,radar}.png; needs matplotlib
 
 A number in these tables was never typed. A row that was not run is named below its table; a cell over several seeds is
-mean +- standard deviation (n - 1), and the difference to B0 (of the same steps and learning rate) is taken seed by seed.
+mean +- standard deviation (n - 1), and the difference to B0 (of the same steps; of tuned rows to the tuned B0) is taken seed by seed.
 """
 
 import argparse
@@ -23,10 +23,10 @@ ROWS = {                                                          # row of repro
     "b0-kl-1": ("KL alone, T = 1", "SegFormer-B0"), "b0-kl-4": ("KL alone, T = 4", "SegFormer-B0"),
     "b0-all": ("all: KD + KL (T = 4) + Dice-Focal + Tanh + Linear", "+ Tanh + Linear"),
     "b0-long": ("B0, longer", "SegFormer-B0"), "b0-kd-long": ("+ KD, longer", "SegFormer-B0"), "b0-dyt-long": ("+ Tanh, longer", "+ Tanh"),
-    "b0-dyt-fd-long": ("+ Tanh, CSKD alone, longer", "+ Tanh"), "b2-tuned": ("B2 + Tanh, lr 1.2e-3, another teacher", None),
-    "b0-tuned": ("B0, longer, lr 1.2e-3", "SegFormer-B0"), "b0-kd-tuned": ("+ KD from it, longer, lr 1.2e-3", "SegFormer-B0"),
-    "b0-dyt-tuned": ("+ Tanh, longer, lr 1.2e-3", "+ Tanh"), "b0-dyt-fd-tuned": ("+ Tanh, CSKD alone from it, longer, lr 1.2e-3", "+ Tanh")}
-RATES = {"3e-4": "-lr-3e-4", "6e-4": "", "1.2e-3": "-lr-1.2e-3", "2.4e-3": "-lr-2.4e-3"}           # learning rate: what its rows' names end with
+    "b0-dyt-fd-long": ("+ Tanh, CSKD alone, longer", "+ Tanh"), "b2-tuned": ("B2 + Tanh, tuned, another teacher", None),
+    "b0-tuned": ("B0, longer, tuned", "SegFormer-B0"), "b0-kd-tuned": ("+ KD from it, longer, tuned", "SegFormer-B0"),
+    "b0-dyt-tuned": ("+ Tanh, longer, tuned", "+ Tanh"), "b0-dyt-fd-tuned": ("+ Tanh, CSKD alone from it, longer, tuned", "+ Tanh")}
+RATES = {"3e-4": "-lr-3e-4", "6e-4": "", "1.2e-3": "-lr-1.2e-3", "2.4e-3": "-lr-2.4e-3", "4.8e-3": "-lr-4.8e-3"}          # learning rate: what its rows' names end with
 STUDY = {"b0": "B0", "kl-1.0": "KL, w = 1.0", "kl-0.5": "KL, w = 0.5", "b2": "B2, the teacher"}
 FIGURES = ("b0", "b0-kd", "b0-df", "b0-dyt")                      # the paper's four
 BENCH = Path("results/bench/cpu-2-threads.json")
@@ -54,11 +54,11 @@ def difference(runs, base):
     return spread(pairs, "+") if pairs else ""
 
 
-def baseline(found, runs):
-    """-> the runs of the plain B0 that was trained for as many steps as `runs`, at their rate; [] where there is none."""
-    def schedule(runs):
-        return [(run["recipe"]["iters"], run["recipe"]["lr"]) for run in runs[:1]]
-    return next((found[name] for name in ("b0", "b0-long", "b0-tuned") if schedule(found[name]) == schedule(runs)), [])
+def baseline(found, name):
+    """-> the runs of the plain B0 that row `name` is held against: of as many steps, and a tuned row against a tuned one; [] where there is none."""
+    def steps(runs):
+        return [run["recipe"]["iters"] for run in runs[:1]]
+    return next((found[base] for base in (["b0-tuned"] if name.endswith("-tuned") else ["b0", "b0-long"]) if steps(found[base]) == steps(found[name])), [])
 
 
 def markdown(head, rows):
@@ -72,7 +72,7 @@ def table_2(folder):
     rows = []
     for name, (title, network) in ROWS.items():
         if runs := found[name]:
-            base = baseline(found, runs)
+            base = baseline(found, name)
             cells = [spread(run[where][key] for run in runs) for where, key in (("full", "miou"), ("full", "macc"), ("full", "aacc"), ("quarter", "miou"))]
             timed = [f"{speed[network]['macs_published'] / 1e9:.2f}", f"{speed[network]['fps_folded']:.2f}"] if network else ["-", "-"]
             rows.append([title, f"{runs[0]['recipe']['parameters']:,}", *timed,
