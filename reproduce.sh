@@ -55,13 +55,13 @@ for lr in 3e-4 1.2e-3 2.4e-3 4.8e-3; do
   row "b0-kd-lr-$lr"   "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr "$lr"
 done
 
-# The short rows, trained for longer: plain, with what the paper distils, and with what paid in the short rows
+# Trained for longer: plain, with what the paper distils, and with what paid in the rows above
 row b0-long         "$long" --student b0
 row b0-kd-long      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1
 row b0-dyt-long     "$long" --student b0 --norm dyt
 row b0-dyt-fd-long  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt
 
-# The same at the rates that val chose above, from a teacher with what paid
+# The same at the best rates by val that the short schedule has so far, from a teacher with what paid
 seeds=0 row b2-tuned  "$teacher" --student b2 --norm dyt --lr 1.2e-3
 T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-0/last.pth" --lr 2.4e-3)
 row b0-tuned         "$long" --student b0 --lr 1.2e-3

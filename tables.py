@@ -58,7 +58,8 @@ def baseline(found, name):
     """-> the runs of the plain B0 that row `name` is held against: of as many steps, and a tuned row against a tuned one; [] where there is none."""
     def steps(runs):
         return [run["recipe"]["iters"] for run in runs[:1]]
-    return next((found[base] for base in (["b0-tuned"] if name.endswith("-tuned") else ["b0", "b0-long"]) if steps(found[base]) == steps(found[name])), [])
+    plain = ["b0-tuned"] if name.endswith("-tuned") else ["b0", "b0-long"]
+    return next((found[base] for base in plain if steps(found[base]) == steps(found[name])), [])
 
 
 def markdown(head, rows):
@@ -91,7 +92,7 @@ def rates(folder):
 
     def cell(runs):
         runs = [runs[seed] for seed in sorted(seeds) if seed in runs]
-        val = (list(csv.DictReader(open(run["folder"] / "scores.csv")))[-1]["miou"] for run in runs)          # of the last checkpoint too
+        val = (list(csv.DictReader((run["folder"] / "scores.csv").read_text().splitlines()))[-1]["miou"] for run in runs)          # of the last checkpoint too
         return f"{spread(run['full']['miou'] for run in runs)} ({spread(map(float, val))})" if runs else "-"
     return markdown([f"learning rate, seed {', '.join(map(str, sorted(seeds)))}", *RATES],
                     [[ROWS[name][0], *(cell(found[name + end]) for end in RATES.values())] for name in names])
