@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)                                      # -n 2 on two cores: a core each
 
 NURSERY = multiprocessing.get_context("forkserver")               # a process that has torch imported and has computed nothing:
-NURSERY.set_forkserver_preload(["PIL.Image", "pytest", "torch"])  # a child of it starts in 0.1 s, a new python in 3
+NURSERY.set_forkserver_preload(["PIL.Image", "pytest", "torch"])  # its children need not import it, which takes 3 s
 
 
 def run_script(script, args, cwd, env, outputs):
