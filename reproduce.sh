@@ -61,13 +61,13 @@ row b0-kd-long      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1
 row b0-dyt-long     "$long" --student b0 --norm dyt
 row b0-dyt-fd-long  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt
 
-# The same at the best rates by val that the short schedule has so far, from a teacher with what paid
-seeds=0 row b2-tuned  "$teacher" --student b2 --norm dyt --lr 1.2e-3
-T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-0/last.pth" --lr 2.4e-3)
+# Longer at the best rates by val that the short schedule has, from the same teacher; then from a teacher with what paid
 row b0-tuned         "$long" --student b0 --lr 1.2e-3
-row b0-kd-tuned      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1
-row b0-dyt-tuned     "$long" --student b0 --lr 1.2e-3 --norm dyt
-row b0-dyt-fd-tuned  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt
+row b0-kd-tuned      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr 2.4e-3
+row b0-dyt-tuned     "$long" --student b0 --norm dyt --lr 1.2e-3
+seeds=0 row b2-tuned "$teacher" --student b2 --norm dyt --lr 1.2e-3
+T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-0/last.pth")
+row b0-dyt-fd-tuned  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 2.4e-3
 
 # The CamVid KL study: 2 folds, by whole drives and, to show the leak, by shuffled frames
 every=$((every > 2 ? every / 2 : 1))                                                         # the held-out fold is half of CamVid: looked at less often

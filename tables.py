@@ -23,9 +23,9 @@ ROWS = {                                                          # row of repro
     "b0-kl-1": ("KL alone, T = 1", "SegFormer-B0"), "b0-kl-4": ("KL alone, T = 4", "SegFormer-B0"),
     "b0-all": ("all: KD + KL (T = 4) + Dice-Focal + Tanh + Linear", "+ Tanh + Linear"),
     "b0-long": ("B0, longer", "SegFormer-B0"), "b0-kd-long": ("+ KD, longer", "SegFormer-B0"), "b0-dyt-long": ("+ Tanh, longer", "+ Tanh"),
-    "b0-dyt-fd-long": ("+ Tanh, CSKD alone, longer", "+ Tanh"), "b2-tuned": ("B2 + Tanh, tuned, another teacher", None),
-    "b0-tuned": ("B0, longer, tuned", "SegFormer-B0"), "b0-kd-tuned": ("+ KD from it, longer, tuned", "SegFormer-B0"),
-    "b0-dyt-tuned": ("+ Tanh, longer, tuned", "+ Tanh"), "b0-dyt-fd-tuned": ("+ Tanh, CSKD alone from it, longer, tuned", "+ Tanh")}
+    "b0-dyt-fd-long": ("+ Tanh, CSKD alone, longer", "+ Tanh"), "b0-tuned": ("B0, longer, tuned", "SegFormer-B0"),
+    "b0-kd-tuned": ("+ KD, longer, tuned", "SegFormer-B0"), "b0-dyt-tuned": ("+ Tanh, longer, tuned", "+ Tanh"),
+    "b2-tuned": ("B2 + Tanh, tuned, another teacher", None), "b0-dyt-fd-tuned": ("+ Tanh, CSKD alone from it, longer, tuned", "+ Tanh")}
 RATES = {"3e-4": "-lr-3e-4", "6e-4": "", "1.2e-3": "-lr-1.2e-3", "2.4e-3": "-lr-2.4e-3", "4.8e-3": "-lr-4.8e-3"}          # learning rate: what its rows' names end with
 STUDY = {"b0": "B0", "kl-1.0": "KL, w = 1.0", "kl-0.5": "KL, w = 0.5", "b2": "B2, the teacher"}
 FIGURES = ("b0", "b0-kd", "b0-df", "b0-dyt")                      # the paper's four
