@@ -44,15 +44,17 @@ row b0-kd       "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1
 row b0-df       "$student" --student b0 --loss dice-focal
 row b0-fd       "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 0
 row b0-pe       "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 1
+row b0-dyt-fd   "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt
 row b0-kl-1     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 1
 row b0-kl-4     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 4
 row b0-all      "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lambda-kl 1 --temperature 4 --loss dice-focal --norm dyt-dyl
 
 # Is it only the learning rate? The baseline and what paid, from half the rate to eight times
 for lr in 3e-4 1.2e-3 2.4e-3 4.8e-3; do
-  row "b0-lr-$lr"      "$student" --student b0 --lr "$lr"
-  row "b0-dyt-lr-$lr"  "$student" --student b0 --norm dyt --lr "$lr"
-  row "b0-kd-lr-$lr"   "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr "$lr"
+  row "b0-lr-$lr"          "$student" --student b0 --lr "$lr"
+  row "b0-dyt-lr-$lr"      "$student" --student b0 --norm dyt --lr "$lr"
+  row "b0-kd-lr-$lr"       "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr "$lr"
+  row "b0-dyt-fd-lr-$lr"   "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr "$lr"
 done
 
 # Trained for longer: plain, with what the paper distils, and with what paid in the rows above
@@ -65,9 +67,10 @@ row b0-dyt-fd-long  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt
 row b0-tuned         "$long" --student b0 --lr 1.2e-3
 row b0-kd-tuned      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr 2.4e-3
 row b0-dyt-tuned     "$long" --student b0 --norm dyt --lr 1.2e-3
+row b0-dyt-fd-tuned  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 1.2e-3
 seeds=0 row b2-tuned "$teacher" --student b2 --norm dyt --lr 1.2e-3
 T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-0/last.pth")
-row b0-dyt-fd-tuned  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 2.4e-3
+row b0-dyt-fd-b2-tuned "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 1.2e-3
 
 # The CamVid KL study: 2 folds, by whole drives and, to show the leak, by shuffled frames
 every=$((every > 2 ? every / 2 : 1))                                                         # the held-out fold is half of CamVid: looked at less often

@@ -20,12 +20,13 @@ ROWS = {                                                          # row of repro
     "b2": ("B2, the teacher", "SegFormer-B2"), "b0": ("B0", "SegFormer-B0"), "b0-dyt": ("+ Tanh", "+ Tanh"),
     "b0-dyt-dyl": ("+ Tanh + Linear", "+ Tanh + Linear"), "b0-kd": ("+ KD (CSKD + PEKD)", "SegFormer-B0"),
     "b0-df": ("+ Dice-Focal", "SegFormer-B0"), "b0-fd": ("CSKD alone", "SegFormer-B0"), "b0-pe": ("PEKD alone", "SegFormer-B0"),
-    "b0-kl-1": ("KL alone, T = 1", "SegFormer-B0"), "b0-kl-4": ("KL alone, T = 4", "SegFormer-B0"),
+    "b0-dyt-fd": ("+ Tanh, CSKD alone", "+ Tanh"), "b0-kl-1": ("KL alone, T = 1", "SegFormer-B0"), "b0-kl-4": ("KL alone, T = 4", "SegFormer-B0"),
     "b0-all": ("all: KD + KL (T = 4) + Dice-Focal + Tanh + Linear", "+ Tanh + Linear"),
     "b0-long": ("B0, longer", "SegFormer-B0"), "b0-kd-long": ("+ KD, longer", "SegFormer-B0"), "b0-dyt-long": ("+ Tanh, longer", "+ Tanh"),
     "b0-dyt-fd-long": ("+ Tanh, CSKD alone, longer", "+ Tanh"), "b0-tuned": ("B0, longer, tuned", "SegFormer-B0"),
     "b0-kd-tuned": ("+ KD, longer, tuned", "SegFormer-B0"), "b0-dyt-tuned": ("+ Tanh, longer, tuned", "+ Tanh"),
-    "b2-tuned": ("B2 + Tanh, tuned, another teacher", None), "b0-dyt-fd-tuned": ("+ Tanh, CSKD alone from it, longer, tuned", "+ Tanh")}
+    "b0-dyt-fd-tuned": ("+ Tanh, CSKD alone, longer, tuned", "+ Tanh"), "b2-tuned": ("B2 + Tanh, tuned, another teacher", None),
+    "b0-dyt-fd-b2-tuned": ("+ Tanh, CSKD alone from it, longer, tuned", "+ Tanh")}
 RATES = {"3e-4": "-lr-3e-4", "6e-4": "", "1.2e-3": "-lr-1.2e-3", "2.4e-3": "-lr-2.4e-3", "4.8e-3": "-lr-4.8e-3"}          # learning rate: what its rows' names end with
 STUDY = {"b0": "B0", "kl-1.0": "KL, w = 1.0", "kl-0.5": "KL, w = 0.5", "b2": "B2, the teacher"}
 FIGURES = ("b0", "b0-kd", "b0-df", "b0-dyt")                      # the paper's four
@@ -86,7 +87,7 @@ def table_2(folder):
 def rates(folder):
     """The baseline and what paid at other learning rates, over the seeds that all of them have: mIoU on test, and on val, by
     which a rate may be chosen -> markdown."""
-    names = ("b0", "b0-dyt", "b0-kd")
+    names = ("b0", "b0-dyt", "b0-kd", "b0-dyt-fd")
     found = {name + end: {run["recipe"]["seed"]: run for run in read_row(folder / (name + end))} for name in names for end in RATES.values()}
     seeds = set.intersection(*(set(runs) for runs in found.values() if runs))
 

@@ -70,7 +70,7 @@ def test_every_row_that_is_run_is_shown():
     assert re.findall(r"^(?:seeds=0 )?row (\S+)", script, re.MULTILINE) == list(tables.ROWS)
     assert re.findall(r'^ +(?:seeds=0 )?row "study-\$by-\$fold-(\S+)"', script, re.MULTILINE) == ["b2", "b0", "kl-1.0", "kl-0.5"]
     rows, rates = re.findall(r'^  row "(\S+)-lr-\$lr"', script, re.MULTILINE), re.search(r"for lr in (.*);", script)[1].split()
-    assert rows == ["b0", "b0-dyt", "b0-kd"] and {f"-lr-{rate}" for rate in rates} | {""} == set(tables.RATES.values())
+    assert rows == ["b0", "b0-dyt", "b0-kd", "b0-dyt-fd"] and {f"-lr-{rate}" for rate in rates} | {""} == set(tables.RATES.values())
     assert set(tables.STUDY) == {"b2", "b0", "kl-1.0", "kl-0.5"}
 
 
