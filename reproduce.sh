@@ -28,6 +28,7 @@ row() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
     mkdir -p "$out"
     if [[ -e $run/last.pth ]]; then python train.py --resume --out "$run"
     else python train.py --data "$DATA" --iters "$steps" --eval-every $((steps / every)) --seed "$seed" --out "$run" "$@"; fi
+    [[ $(tail -n1 "$run/log.csv") == "$steps,"* ]] || { echo "error: $run was stopped before step $steps: run this again, and it goes on" >&2; exit 3; }
     python eval.py "$run/last.pth" --data "$DATA" "${held_out[@]}" --json "$out/test.json"
     [[ ${held_out[1]} == val ]] || python eval.py "$run/last.pth" --data "$DATA" "${held_out[@]}" --quarter --json "$out/quarter.json"
     cp "$run"/{log.csv,recipe.json,scores.csv} "$out"
@@ -67,10 +68,10 @@ row b0-dyt-fd-long  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt
 row b0-tuned         "$long" --student b0 --lr 1.2e-3
 row b0-kd-tuned      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr 2.4e-3
 row b0-dyt-tuned     "$long" --student b0 --norm dyt --lr 1.2e-3
-row b0-dyt-fd-tuned  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 1.2e-3
+row b0-dyt-fd-tuned  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 2.4e-3
 seeds=0 row b2-tuned "$teacher" --student b2 --norm dyt --lr 1.2e-3
 T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-0/last.pth")
-row b0-dyt-fd-b2-tuned "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 1.2e-3
+row b0-dyt-fd-b2-tuned "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 2.4e-3
 
 # The CamVid KL study: 2 folds, by whole drives and, to show the leak, by shuffled frames
 every=$((every > 2 ? every / 2 : 1))                                                         # the held-out fold is half of CamVid: looked at less often

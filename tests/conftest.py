@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +80,12 @@ def write_folder(root, frames=6, size=(40, 48), classes=3):
 @pytest.fixture
 def folder(tmp_path):
     return write_folder(tmp_path / "set")
+
+
+def wait_for_step(process, out, step):
+    """Until the log has `step`, or the process has ended."""
+    until = time.time() + 120
+    while process.poll() is None and time.time() < until:
+        if (out / "log.csv").exists() and len((out / "log.csv").read_text().splitlines()) > step:
+            return
+        time.sleep(0.01)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 import tables
-from conftest import ROOT, command
+from conftest import ROOT, command, wait_for_step
 
 
 def leave(folder, miou, seed=0, iters=10, classes=("a", "b")):
@@ -112,4 +113,10 @@ def test_reproduce_runs_rows_scores_them_and_skips_what_is_done(tmp_path):
     (made / "b0/0/scores.csv").unlink()                           # stopped while it scored
     again = reproduce(*rows)
     assert "resuming after step 1" in again.stdout and (made / "b0/0/scores.csv").exists()
+    shutil.rmtree(made / "b0"), shutil.rmtree(tmp_path / "runs/camvid-short/b0-0")
+    cut = subprocess.Popen(["bash", "-c", "trap '' TERM; exec bash reproduce.sh short b0"], cwd=tmp_path, env=env | {"STEPS": "9999"},
+                           stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_step(cut, tmp_path / "runs/camvid-short/b0-0", 1)
+    os.killpg(cut.pid, signal.SIGTERM)                            # train.py saves and exits with 0, and bash goes on: half a run is not scored
+    assert "b0-0 was stopped before step 9999" in cut.communicate(timeout=60)[1] and cut.returncode == 3 and not list(made.glob("b0/0/*"))
     assert "say where CamVid is" in reproduce("short", DATA="").stderr and "reproduce.sh full" in reproduce().stdout

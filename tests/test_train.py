@@ -18,7 +18,7 @@ from PIL import Image
 import data
 import run
 import train
-from conftest import CAMVID, ROOT, command, write_folder
+from conftest import CAMVID, ROOT, command, write_folder, wait_for_step
 from losses import IGNORE, Projections, weighted_cross_entropy
 from model import SIZES, load_checkpoint, save_checkpoint, segformer
 from nvlabs import Flat
@@ -210,15 +210,6 @@ def start(*args):
     """Run train.py in the background; its group is its own, so that a Ctrl-C can be sent to all of it."""
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def wait_for_step(process, out, step):
-    """Until the log has `step`, or the process has ended."""
-    until = time.time() + 120
-    while process.poll() is None and time.time() < until:
-        if (out / "log.csv").exists() and len((out / "log.csv").read_text().splitlines()) > step:
-            return
-        time.sleep(0.01)
 
 
 def same_runs(a, b):
