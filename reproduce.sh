@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Every run behind the README's CamVid tables, a line each. What is done is skipped, what was cut short goes on.
+# Every run behind the README's CamVid tables, a line each. What was done here is skipped, what was cut short goes on.
 #
 #   DATA=camvid:DIR ./reproduce.sh short              all rows: hours on 2 CPU cores
 #   DATA=camvid:DIR ./reproduce.sh full               the same rows at 40,000 steps and 3 seeds: for a GPU
-#   DATA=camvid:DIR ./reproduce.sh short b0 b0-kd     these rows only (b2 comes first: it is the teacher)
+#   DATA=camvid:DIR ./reproduce.sh short b0 b0-kd     these rows only, and before b0-kd its teacher
 #   python tables.py                                  makes the README's tables and figures of what is there
 #
-# A row trains in runs/camvid-SCHEDULE/ROW-SEED (weights) and leaves log, recipe and scores in results/camvid-SCHEDULE/ROW/SEED.
+# Before it: SEEDS="0 1 2"; TEACHER=1, to learn from the teacher of that seed (0); AMP=bf16, off or fp16 (train.py's auto).
+#
+# A row trains in runs/camvid-SCHEDULE/ROW-SEED (weights) and leaves log, recipe and scores in results/camvid-SCHEDULE/ROW/SEED,
+# in place of those of ours that are there: git diff shows how yours differ.
 # Nothing is selected: the last checkpoint is scored, once, on the 233 test frames (in the study: on the held-out fold).
 set -euo pipefail
 case ${1:-} in
@@ -17,27 +20,37 @@ esac
 [[ -z ${STEPS:-} ]] || teacher=$STEPS student=$STEPS long=$STEPS study_teacher=$STEPS study=$STEPS every=1       # STEPS=2: to try this script
 schedule=$1; shift; wanted=" $* "
 : "${DATA:?say where CamVid is: DATA=camvid:DIR $0 $schedule}"
+declare -A teachers                                                               # row: its steps and flags
 
-row() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small files
-  local name=$1 steps=$2; shift 2
-  [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
+row() {  # NAME STEPS FLAGS
+  [[ $wanted != "  " && $wanted != *" $1 "* ]] || run "$@"
+}
+
+teacher_row() {  # NAME STEPS FLAGS: a row that others learn from; it is run before the first of them, wanted or not
+  teachers[$1]=${*:2}
+  seeds=${TEACHER:-0} row "$@"
+}
+
+run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small files
+  local name=$1 steps=$2 seed; shift 2
   for seed in $seeds; do
     local run=runs/camvid-$schedule/$name-$seed out=results/camvid-$schedule/$name/$seed held_out=(--split test)
-    [[ -e $out/scores.csv ]] && continue
+    cmp -s "$run/scores.csv" "$out/scores.csv" && continue                        # the results are of the run that is here
+    [[ ! " $* " =~ " --teacher runs/camvid-$schedule/"([^/]+)-[0-9]+/ ]] || seeds=${TEACHER:-0} run "${BASH_REMATCH[1]}" ${teachers[${BASH_REMATCH[1]}]}
     [[ " $* " != *" --fold "* ]] || held_out=(--split val "${@:$#-3:4}")          # the study's flags end with --fold N --fold-by HOW
     mkdir -p "$out"
     if [[ -e $run/last.pth ]]; then python train.py --resume --out "$run"
-    else python train.py --data "$DATA" --iters "$steps" --eval-every $((steps / every)) --seed "$seed" --out "$run" "$@"; fi
+    else python train.py --data "$DATA" --iters "$steps" --eval-every $((steps / every)) --amp "${AMP:-auto}" --seed "$seed" --out "$run" "$@"; fi
     [[ $(tail -n1 "$run/log.csv") == "$steps,"* ]] || { echo "error: $run was stopped before step $steps: run this again, and it goes on" >&2; exit 3; }
     python eval.py "$run/last.pth" --data "$DATA" "${held_out[@]}" --json "$out/test.json"
     [[ ${held_out[1]} == val ]] || python eval.py "$run/last.pth" --data "$DATA" "${held_out[@]}" --quarter --json "$out/quarter.json"
-    cp "$run"/{log.csv,recipe.json,scores.csv} "$out"
+    cp "$run"/{log.csv,recipe.json,scores.csv} "$out"                             # scores.csv last: it says that all is there
   done
 }
 
 # The paper's Table 2, on the official split
-T=(--student b0 --teacher "runs/camvid-$schedule/b2-0/last.pth")
-seeds=0 row b2  "$teacher" --student b2
+T=(--student b0 --teacher "runs/camvid-$schedule/b2-${TEACHER:-0}/last.pth")
+teacher_row b2  "$teacher" --student b2
 row b0          "$student" --student b0
 row b0-dyt      "$student" --student b0 --norm dyt
 row b0-dyt-dyl  "$student" --student b0 --norm dyt-dyl
@@ -69,8 +82,8 @@ row b0-tuned         "$long" --student b0 --lr 1.2e-3
 row b0-kd-tuned      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr 2.4e-3
 row b0-dyt-tuned     "$long" --student b0 --norm dyt --lr 1.2e-3
 row b0-dyt-fd-tuned  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 2.4e-3
-seeds=0 row b2-tuned "$teacher" --student b2 --norm dyt --lr 1.2e-3
-T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-0/last.pth")
+teacher_row b2-tuned "$teacher" --student b2 --norm dyt --lr 1.2e-3
+T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-${TEACHER:-0}/last.pth")
 row b0-dyt-fd-b2-tuned "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 2.4e-3
 
 # The CamVid KL study: 2 folds, by whole drives and, to show the leak, by shuffled frames
@@ -78,8 +91,8 @@ every=$((every > 2 ? every / 2 : 1))                                            
 for by in drive shuffle; do
   for fold in 0 1; do
     F=(--fold "$fold" --fold-by "$by")
-    T=(--student b0 --teacher "runs/camvid-$schedule/study-$by-$fold-b2-0/last.pth" --lambda-fd 0 --lambda-pe 0 --temperature 4)
-    seeds=0 row "study-$by-$fold-b2"      "$study_teacher" --student b2 "${F[@]}"
+    T=(--student b0 --teacher "runs/camvid-$schedule/study-$by-$fold-b2-${TEACHER:-0}/last.pth" --lambda-fd 0 --lambda-pe 0 --temperature 4)
+    teacher_row "study-$by-$fold-b2"      "$study_teacher" --student b2 "${F[@]}"
     seeds=0 row "study-$by-$fold-b0"      "$study" --student b0 "${F[@]}"
     seeds=0 row "study-$by-$fold-kl-1.0"  "$study" "${T[@]}" --lambda-kl 1.0 "${F[@]}"
     seeds=0 row "study-$by-$fold-kl-0.5"  "$study" "${T[@]}" --lambda-kl 0.5 "${F[@]}"

@@ -67,6 +67,21 @@ def markdown(head, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
+def odd_ones(found, what, usual, title):
+    """-> the sentence that names the rows and seeds whose what(recipe) is not `usual`; "" where there are none."""
+    groups = {}
+    for name, runs in found.items():
+        for recipe in (run["recipe"] for run in runs):
+            if (value := what(recipe)) not in (None, usual):
+                groups.setdefault(value, []).append(f"{ROWS[name][0]} (seed {recipe['seed']})")
+    return "".join(f"\n\n{title.format(value)}: {'; '.join(groups[value])}." for value in sorted(groups))
+
+
+def teacher_seed(recipe):
+    """-> the seed of the run that taught this one, from the folder that reproduce.sh gave it; None without a teacher"""
+    return recipe["teacher"] and Path(recipe["teacher"]).parent.name.rsplit("-", 1)[1]
+
+
 def table_2(folder):
     """The paper's Table 2 on CamVid's official split -> markdown."""
     speed = {row["network"]: row for row in json.loads(BENCH.read_text())["results"]["model"] if "network" in row}
@@ -80,7 +95,9 @@ def table_2(folder):
             rows.append([title, f"{runs[0]['recipe']['parameters']:,}", *timed,
                          str(runs[0]["recipe"]["iters"]), str(len(runs)), *cells, "" if runs is base else difference(runs, base)])
     missing = [title for name, (title, _) in ROWS.items() if not found[name]]
+    first = found["b0"][0]["recipe"]["amp"]
     return markdown(["", "parameters", "G MACs", "FPS", "steps", "seeds", "mIoU", "mAcc", "aAcc", "mIoU at a quarter", "to B0"], rows) \
+        + odd_ones(found, teacher_seed, "0", "From the teacher of seed {}") + odd_ones(found, lambda recipe: recipe["amp"], first, "With --amp {}") \
         + (f"\n\nNot run yet: {'; '.join(missing)}." if missing else "")
 
 

@@ -17,14 +17,14 @@ import tables
 from conftest import ROOT, command, wait_for_step
 
 
-def leave(folder, miou, seed=0, iters=10, classes=("a", "b")):
+def leave(folder, miou, seed=0, iters=10, classes=("a", "b"), amp="off", teacher=None):
     """What reproduce.sh leaves of one run."""
     folder = folder / str(seed)
     folder.mkdir(parents=True)
     for name, value in (("test.json", miou), ("quarter.json", miou + 0.1)):
         result = dict(miou=value, macc=value + 0.01, aacc=value + 0.02, iou=[value, value], acc=[value, value])
         (folder / name).write_text(json.dumps(dict(classes=classes, checkpoints=[result])))
-    (folder / "recipe.json").write_text(json.dumps(dict(seed=seed, iters=iters, parameters=123)))
+    (folder / "recipe.json").write_text(json.dumps(dict(seed=seed, iters=iters, parameters=123, amp=amp, teacher=teacher)))
     (folder / "log.csv").write_text("step,lr,loss\n1,0.1,2\n2,0.1,1\n")
     (folder / "scores.csv").write_text("step,miou\n1,0.1\n2,0.2\n")
 
@@ -35,8 +35,8 @@ def project(tmp_path):
     (tmp_path / "results/bench").mkdir(parents=True)
     shutil.copy(ROOT / tables.BENCH, tmp_path / tables.BENCH)
     runs = tmp_path / "results/camvid-short"
-    leave(runs / "b0", 0.30, 0), leave(runs / "b0", 0.34, 1), leave(runs / "b0-kd", 0.35, 1)
-    leave(runs / "b0-fd", 0.31, 0), leave(runs / "b0-fd", 0.33, 1)
+    leave(runs / "b0", 0.30, 0), leave(runs / "b0", 0.34, 1), leave(runs / "b0-kd", 0.35, 1, teacher="runs/camvid-short/b2-0/last.pth")
+    leave(runs / "b0-fd", 0.31, 0), leave(runs / "b0-fd", 0.33, 1, amp="bf16", teacher="runs/camvid-short/b2-2/last.pth")
     leave(runs / "b0-long", 0.50, iters=99), leave(runs / "b0-kd-long", 0.48, iters=99), leave(runs / "b2", 0.60, iters=99), leave(runs / "b2-tuned", 0.7, iters=99)
     for fold, miou in ((0, 0.2), (1, 0.4)):
         leave(runs / f"study-drive-{fold}-b0", miou)
@@ -58,6 +58,7 @@ def test_tables_are_means_of_the_files(project):
     assert "| 99 | 1 | 60.00 | 61.00 | 62.00 | 70.00 | +10.00 |" in text         # the teacher's too
     assert "another teacher | 123 | - | - | 99 | 1 | 70.00 | 71.00 | 72.00 | 80.00 |  |" in text         # not timed, and no tuned B0 yet
     assert "Not run yet: + Tanh; + Tanh + Linear;" in text
+    assert "\nFrom the teacher of seed 2: CSKD alone (seed 1).\n" in text and "\nWith --amp bf16: CSKD alone (seed 1).\n" in text and "seed 0:" not in text
     assert "| B0 | 30.0 | 30.0 | 30.00 | 31.00 | 32.00 | 10 |" in text and "90.0" not in text      # one fold is no mean of two
     assert "| learning rate, seed 1 |" in text and "| B0 | - | 34.00 (20.00) | - | - | - |" in text and "| + KD (CSKD + PEKD) | - | 35.00 (20.00) | 45.00 (20.00) | - | - |" in text
     assert "B2, the teacher, folds of whole drives; B0, folds of shuffled frames" in text
@@ -68,8 +69,8 @@ def test_tables_are_means_of_the_files(project):
 
 def test_every_row_that_is_run_is_shown():
     script = (ROOT / "reproduce.sh").read_text()
-    assert re.findall(r"^(?:seeds=0 )?row (\S+)", script, re.MULTILINE) == list(tables.ROWS)
-    assert re.findall(r'^ +(?:seeds=0 )?row "study-\$by-\$fold-(\S+)"', script, re.MULTILINE) == ["b2", "b0", "kl-1.0", "kl-0.5"]
+    assert re.findall(r"^(?:teacher_)?row (\S+)", script, re.MULTILINE) == list(tables.ROWS)
+    assert re.findall(r'^ +(?:seeds=0 |teacher_)row "study-\$by-\$fold-(\S+)"', script, re.MULTILINE) == ["b2", "b0", "kl-1.0", "kl-0.5"]
     rows, rates = re.findall(r'^  row "(\S+)-lr-\$lr"', script, re.MULTILINE), re.search(r"for lr in (.*);", script)[1].split()
     assert rows == ["b0", "b0-dyt", "b0-kd", "b0-dyt-fd"] and {f"-lr-{rate}" for rate in rates} | {""} == set(tables.RATES.values())
     assert set(tables.STUDY) == {"b2", "b0", "kl-1.0", "kl-0.5"}
@@ -113,6 +114,12 @@ def test_reproduce_runs_rows_scores_them_and_skips_what_is_done(tmp_path):
     (made / "b0/0/scores.csv").unlink()                           # stopped while it scored
     again = reproduce(*rows)
     assert "resuming after step 1" in again.stdout and (made / "b0/0/scores.csv").exists()
+    shutil.rmtree(tmp_path / "runs/camvid-short/b0-0")            # a clone: results of ours, no weights
+    assert "student SegFormer-B0" in reproduce("short", "b0").stdout and reproduce("short", "b0").stdout == ""
+    taught = reproduce("short", "b0-kl-1", TEACHER="3", AMP="bf16").stdout       # its teacher first, which nobody named
+    teacher, student = (json.loads((made / path / "recipe.json").read_text()) for path in ("b2/3", "b0-kl-1/0"))
+    assert taught.index("student SegFormer-B2") < taught.index("student SegFormer-B0") and (teacher["amp"], teacher["seed"], student["amp"]) == ("bf16", 3, "bf16")
+    assert student["teacher"] == "runs/camvid-short/b2-3/last.pth" and sorted(path.name for path in made.iterdir()) == ["b0", "b0-kl-1", "b2", "study-drive-1-b0"]
     shutil.rmtree(made / "b0"), shutil.rmtree(tmp_path / "runs/camvid-short/b0-0")
     cut = subprocess.Popen(["bash", "-c", "trap '' TERM; exec bash reproduce.sh short b0"], cwd=tmp_path, env=env | {"STEPS": "9999"},
                            stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -18,7 +18,7 @@ from PIL import Image
 import data
 import run
 import train
-from conftest import CAMVID, ROOT, command, write_folder, wait_for_step
+from conftest import CAMVID, ROOT, command, wait_for_step, write_folder
 from losses import IGNORE, Projections, weighted_cross_entropy
 from model import SIZES, load_checkpoint, save_checkpoint, segformer
 from nvlabs import Flat
