@@ -201,6 +201,23 @@ def test_any_size_trains_and_folds_to_the_same_outputs(size, norm):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
+def test_attention_in_bf16_on_a_cpu_is_the_attention(monkeypatch):
+    """Its own path, cut by queries: against softmax(q k^T / sqrt(d)) v in fp64; elsewhere PyTorch's kernel."""
+    torch.manual_seed(0)
+    q, k, v = (3 * torch.randn(2, 5, tokens, 32).bfloat16() for tokens in (300, 70, 70))
+    exact = (q.double() @ k.double().transpose(2, 3) / 32 ** 0.5).softmax(3) @ v.double()
+    monkeypatch.setattr(model_file, "CACHED", 2 * 5 * 70 * 128)   # 128 queries at once: two whole cuts and a rest
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", None)
+    with torch.no_grad():
+        ours = model_file.attend(q, k, v)
+    monkeypatch.undo()
+    with torch.no_grad():
+        error = (ours - exact).square().mean().sqrt()
+        assert ours.dtype == torch.bfloat16 and error < 0.02 * exact.std()           # scores of +-30 in 8 bits
+        assert torch.equal(model_file.attend(q[:1].float(), k[:1].float(), v[:1].float()), nn.functional.scaled_dot_product_attention(q[:1].float(), k[:1].float(), v[:1].float()))
+    assert model_file.attend(q.requires_grad_(), k, v).requires_grad
+
+
 def test_maps_larger_than_the_cache_are_computed_in_slices(monkeypatch):
     network, images = randomise(segformer("b0", 5)), torch.rand(1, 3, 96, 160)
     with torch.no_grad():
