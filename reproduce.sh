@@ -20,14 +20,14 @@ esac
 [[ -z ${STEPS:-} ]] || teacher=$STEPS student=$STEPS long=$STEPS study_teacher=$STEPS study=$STEPS every=1       # STEPS=2: to try this script
 schedule=$1; shift; wanted=" $* "
 : "${DATA:?say where CamVid is: DATA=camvid:DIR $0 $schedule}"
-declare -A teachers                                                               # row: its steps and flags
+teachers=                                                                         # a line each: NAME STEPS FLAGS
 
 row() {  # NAME STEPS FLAGS
   [[ $wanted != "  " && $wanted != *" $1 "* ]] || run "$@"
 }
 
 teacher_row() {  # NAME STEPS FLAGS: a row that others learn from; it is run before the first of them, wanted or not
-  teachers[$1]=${*:2}
+  teachers+="$*"$'\n'
   seeds=${TEACHER:-0} row "$@"
 }
 
@@ -36,7 +36,7 @@ run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
   for seed in $seeds; do
     local run=runs/camvid-$schedule/$name-$seed out=results/camvid-$schedule/$name/$seed held_out=(--split test)
     cmp -s "$run/scores.csv" "$out/scores.csv" && continue                        # the results are of the run that is here
-    [[ ! " $* " =~ " --teacher runs/camvid-$schedule/"([^/]+)-[0-9]+/ ]] || seeds=${TEACHER:-0} run "${BASH_REMATCH[1]}" ${teachers[${BASH_REMATCH[1]}]}
+    [[ ! " $* " =~ " --teacher runs/camvid-$schedule/"([^/]+)-[0-9]+/ ]] || seeds=${TEACHER:-0} run $(grep "^${BASH_REMATCH[1]} " <<<"$teachers")
     [[ " $* " != *" --fold "* ]] || held_out=(--split val "${@:$#-3:4}")          # the study's flags end with --fold N --fold-by HOW
     mkdir -p "$out"
     if [[ -e $run/last.pth ]]; then python train.py --resume --out "$run"

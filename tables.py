@@ -73,8 +73,9 @@ def odd_ones(found, what, usual, title):
     for name, runs in found.items():
         for recipe in (run["recipe"] for run in runs):
             if (value := what(recipe)) not in (None, usual):
-                groups.setdefault(value, []).append(f"{ROWS[name][0]} (seed {recipe['seed']})")
-    return "".join(f"\n\n{title.format(value)}: {'; '.join(groups[value])}." for value in sorted(groups))
+                groups.setdefault(value, {}).setdefault(ROWS[name][0], []).append(str(recipe["seed"]))
+    named = {value: (f"{row} (seed {' and '.join(seeds)})" for row, seeds in rows.items()) for value, rows in sorted(groups.items())}
+    return "".join(f"\n\n{title.format(value)}: {'; '.join(rows)}." for value, rows in named.items())
 
 
 def teacher_seed(recipe):
