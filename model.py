@@ -171,7 +171,7 @@ def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v of each head ([1] eq. 1). (B, heads, N, d) and twice (B, heads, M, d) -> (B, heads, N, d).
 
     PyTorch's fused kernel computes bf16 on a CPU no faster than fp32. Step by step, over as many queries as have their
-    scores in the cache, it takes half the time; in fp32, for gradients and on a GPU the fused one is the faster.
+    scores in the cache, it takes half the time. In fp32 the fused one is the faster, and for gradients it keeps no scores.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
