@@ -255,6 +255,8 @@ def train(args):
         summary_writer()                                          # absent: said before anything is done
     device = join_processes(args.device)
     train_set, val_set = (open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by, cache=args.cache) for split in ("train", "val"))
+    if args.size:
+        train_set.size = val_set.size = tuple(args.size)
     total_batch = args.batch_size * args.accum * world_size()
     args.iters = args.iters or math.ceil(args.epochs * len(train_set) / total_batch)
     args.eval_every = args.eval_every or max(min(args.iters, 20), args.iters // 40)
@@ -571,7 +573,7 @@ def settle(args, saved=None):
 
 def say_what_is_idle(given, full, kind):
     """A flag that was given and changes nothing beside the others is said."""
-    idle = dict(scale_range=full["augment"] == "plain", folds=full["fold"] is None, fold_by=full["fold"] is None,
+    idle = dict(scale_range=full["augment"] == "plain", size=full["augment"] == "plain", folds=full["fold"] is None, fold_by=full["fold"] is None,
                 lambda_dice=full["loss"] == "wce", temperature=not full["lambda_kl"], lambda_m=not full["lambda_fd"],
                 lambda_s=not full["lambda_fd"], cache=kind == "toy", teacher=not (full["lambda_kl"] or full["lambda_fd"] or full["lambda_pe"]))
     for name in idle:
@@ -606,6 +608,7 @@ def build_parser():
     add("--batch-size", type=positive, help="images a process and forward pass (default 2; CamVid and toy 4)")
     add("--accum", type=positive, help="forward passes a step; the batch of a step is batch-size x accum x processes (default 1)")
     add("--crop", type=number(int, SMALLEST), nargs=2, metavar=("H", "W"), help="size of a training image (default 512 1024; CamVid 288 288)")
+    add("--size", type=number(int, SMALLEST), nargs=2, metavar=("H", "W"), help="resize frames to this, for training and scoring (default: CamVid 288 384, Cityscapes 512 1024, else as they are)")
     add("--scale-range", type=number(float, 0.0, 16, open_low=True), nargs=2, metavar=("LO", "HI"), help="random scale before the crop (default 0.5 2)")
     add("--augment", choices=("segformer", "plain"), help="segformer: scale, crop, flip, colours; plain: the paper's resize and flip (default "
         "segformer; Cityscapes plain)")

@@ -45,6 +45,13 @@ def teacher(tmp_path):
     return tmp_path / "b1.pth"
 
 
+def test_size_is_what_frames_are_worked_at(folder, tmp_path):
+    """The crop is cut from the frame at --size; the checkpoint tells the evaluation to resize to it too."""
+    out = command("train.py", "--data", folder, *SMALL, "--size", 64, 80, "--iters", 1, "--out", tmp_path / "run")
+    assert "mIoU" in out
+    assert load_checkpoint(tmp_path / "run" / "best.pth").input_size == (64, 80)
+
+
 # ---------------------------------------------------------------- parts
 
 def test_learning_rate_at_its_corners():
