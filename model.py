@@ -1,29 +1,37 @@
-"""SegFormer, written by hand: the MiT encoder B0-B5, the MLP decoder, the norm hook, and checkpoints.
+"""SegFormer, written by hand: MiT encoder B0-B5, MLP decoder, norm hook, checkpoints.
 
-    model = segformer("b0", num_classes=19)             # or norm_fn=dyt, norm_fn=dyt_dyl, or a function of your own
-    logits = model(images)                              # (B, 3, H, W) in [0, 1] -> (B, 19, ceil(H/4), ceil(W/4))
+    model = segformer("b0", num_classes=19)       # norm_fn=dyt, dyt_dyl, a function of your own
+    logits = model(images)                        # (B, 3, H, W) in [0, 1] -> (B, 19, H/4, W/4)
     logits, stages, patch_embeds = model.features(images)
-    fast = model.fold()                                 # the same outputs for inference, fewer operations
-    model = load_checkpoint("b2.pth")                   # ours, or a Hugging Face .bin / .safetensors
+    fast = model.fold()                           # the same outputs, for inference
+    model = load_checkpoint("b2.pth")             # ours, Hugging Face's, NVlabs', TransKD's
 
 Three things to know while reading:
-- Tokens are (B, H, W, C) from the image to the decoder. In memory that *is* a channels-last image, so a LayerNorm or a
-  Linear sees its channels last and a convolution sees an image, and nothing is ever copied between the two.
+- Tokens are (B, H, W, C) from the image to the decoder. In memory that *is* a channels-last image,
+  so a LayerNorm or a Linear sees its channels last and a convolution sees an image, and nothing is
+  ever copied between the two.
 - The decoder is linear up to its ReLU, which is worth a factor of its own: see `Decoder`.
 - The model normalises its own input, so a checkpoint carries its preprocessing.
 
+The network calls its own modules, so hooks, wrappers (LoRA) and quantised layers in their place do
+what they should. Only `fold()` puts other modules in: they stand in a section of their own.
+
 References
-  [1] Xie et al., SegFormer, 2021, arXiv:2105.15203          the network: encoder section 3.1, decoder section 3.2
-  [2] Zhu et al., Transformers without Normalization, 2025, arXiv:2503.10622          DyT
-  [3] Kim et al., EffiSeg, 2025                              DyT after patch embeddings (eq. 1), DyL elsewhere (eq. 2)
-  [4] Huang et al., Deep Networks with Stochastic Depth, 2016, arXiv:1603.09382       drop-path
+  [1] Xie et al., SegFormer, 2021, arXiv:2105.15203
+      the network: encoder section 3.1, decoder section 3.2
+  [2] Zhu et al., Transformers without Normalization, 2025, arXiv:2503.10622
+      DyT
+  [3] Kim et al., EffiSeg, 2025
+      DyT after patch embeddings (eq. 1), DyL elsewhere (eq. 2)
+  [4] Huang et al., Deep Networks with Stochastic Depth, 2016, arXiv:1603.09382
+      drop-path
 """
 
+import contextlib
 import copy
-import json
+import importlib
 import math
 import os
-import re
 import zipfile
 from typing import NamedTuple
 
@@ -32,61 +40,57 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Widths and depths of the four stages and the decoder's width D ([1] Table 6).
+# Widths and depths of the four stages, and the decoder's width D ([1] Table 6).
 WIDE = (64, 128, 320, 512)
 SIZES = {
-    "b0": dict(dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), width=256),
-    "b1": dict(dims=WIDE, depths=(2, 2, 2, 2), width=256),
-    "b2": dict(dims=WIDE, depths=(3, 4, 6, 3), width=768),
-    "b3": dict(dims=WIDE, depths=(3, 4, 18, 3), width=768),
-    "b4": dict(dims=WIDE, depths=(3, 8, 27, 3), width=768),
-    "b5": dict(dims=WIDE, depths=(3, 6, 40, 3), width=768),
+    "b0": {"dims": (32, 64, 160, 256), "depths": (2, 2, 2, 2), "width": 256},
+    "b1": {"dims": WIDE, "depths": (2, 2, 2, 2), "width": 256},
+    "b2": {"dims": WIDE, "depths": (3, 4, 6, 3), "width": 768},
+    "b3": {"dims": WIDE, "depths": (3, 4, 18, 3), "width": 768},
+    "b4": {"dims": WIDE, "depths": (3, 8, 27, 3), "width": 768},
+    "b5": {"dims": WIDE, "depths": (3, 6, 40, 3), "width": 768},
 }
-HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)                    # per stage, in every size
-MLP_RATIO, DROP_PATH, DROPOUT = 4, 0.1, 0.1
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # ImageNet's, of RGB in [0, 1]
-CACHED = 2 ** 21                                                  # floats of a map that a CPU's caches hold: 8 MiB
-SMALLEST = 32                                                     # pixels, stage 4's stride
-MAX_HEADER, MAX_WIDTH = 100_000_000, 4096                         # of a file that is not ours: bytes of safetensors' header, D
+HEADS = (1, 2, 5, 8)                                              # of each stage, in every size
+REDUCTIONS = (8, 4, 2, 1)                                         # of each stage, in every size
+MLP_RATIO = 4
+DROP_PATH = 0.1
+DROPOUT = 0.1
+MEAN = (0.485, 0.456, 0.406)                                      # ImageNet's, of RGB in [0, 1]
+STD = (0.229, 0.224, 0.225)
+SMALLEST = 32                                                     # pixels: stage 4's stride
 
 
-# ---------------------------------------------------------------- norms: norm_fn(dim, site) -> nn.Module
+# ---------------------------------------------------------------- norms: norm_fn(dim, site)
 
 class DyT(nn.Module):
-    """Dynamic Tanh, y = gamma tanh(alpha x) + beta with one scalar alpha ([2]; [3] eq. 1). (..., C) -> (..., C)."""
+    """Dynamic Tanh, y = gamma tanh(alpha x) + beta with one scalar alpha ([2]; [3] eq. 1).
+
+    (..., C) -> (..., C)
+    """
 
     def __init__(self, dim, alpha=0.5):
         super().__init__()
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.ones(dim))               # gamma
+        self.bias = nn.Parameter(torch.zeros(dim))                # beta
 
     def forward(self, x):
-        # [None]: beside a half-precision x a 0-dim alpha would count as half too, and its gradient, one sum over x, overflow
+        # [None]: beside a half-precision x a 0-dim alpha would count as half too, and its gradient,
+        # one sum over all of x, would overflow.
         return torch.addcmul(self.bias, self.weight, torch.tanh_(self.alpha[None] * x))
 
 
-class FoldedDyT(nn.Module):
-    """A DyT for inference behind a map that has its 2 alpha already: tanh(z) = 2 sigmoid(2 z) - 1, and a sigmoid costs a CPU a
-    quarter of a tanh. Overwrites x. (..., C) -> (..., C)."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(2 * norm.weight), nn.Parameter(norm.bias - norm.weight)
-
-    def forward(self, x):
-        return torch.addcmul(self.bias, self.weight, torch.sigmoid_(x))
-
-
 class DyL(nn.Module):
-    """Dynamic Linear, y = gamma alpha x + beta with an alpha per channel ([3] eq. 2). (..., C) -> (..., C).
+    """Dynamic Linear, y = gamma alpha x + beta with an alpha for each channel ([3] eq. 2).
 
-    Linear in x, so at inference it disappears into the linear map that follows: see `SegFormer.fold`.
+    (..., C) -> (..., C). Linear in x, so `SegFormer.fold` moves it into the map that follows.
     """
 
     def __init__(self, dim, alpha=0.5):
         super().__init__()
         self.alpha = nn.Parameter(torch.full((dim,), float(alpha)))
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.ones(dim))               # gamma
+        self.bias = nn.Parameter(torch.zeros(dim))                # beta
 
     def forward(self, x):
         return torch.addcmul(self.bias, self.weight * self.alpha, x)
@@ -103,14 +107,14 @@ def dyt(dim, site):
 
 
 def dyt_dyl(dim, site):
-    """EffiSeg's "+Tanh+Linear" as its text has it: DyT after the patch embeddings, DyL at every other site."""
+    """EffiSeg's "+Tanh+Linear" in its text: DyT after the patch embeddings, DyL elsewhere."""
     return DyT(dim) if site == "patch_embed" else DyL(dim)
 
 
 def dyt_dyl_ln(dim, site):
-    """EffiSeg's "+Tanh+Linear" as a variant of its code has it: like `dyt_dyl`, but LayerNorm at the end of a stage.
+    """EffiSeg's "+Tanh+Linear" in a variant of its code: like `dyt_dyl`, LayerNorm at stage ends.
 
-    Its other variant also has DyT at "sr": `lambda dim, site: DyT(dim) if site == "sr" else dyt_dyl_ln(dim, site)`.
+    Its other variant also has DyT at "sr": a function of your own with that one more `if`.
     """
     return layer_norm(dim, site) if site == "stage" else dyt_dyl(dim, site)
 
@@ -130,19 +134,6 @@ def as_tokens(image):
     return image.permute(0, 2, 3, 1)
 
 
-def slices(channels, x):
-    """Cut `channels` so that a map of one slice, with the pixels of x (B, H, W, C), stays in a CPU's cache. -> [slice]
-
-    Between the large linear maps of this network stand only steps that look at one channel at a time (depthwise
-    convolution, GELU, ReLU, resizing), so at inference the widest maps need never exist as a whole: a third of the time
-    on a CPU went into fetching memory for them. Everything in one slice for gradients, which keep it all, and elsewhere.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
-        return [slice(0, channels)]
-    width = max(64, CACHED // x.shape[:-1].numel())
-    return [slice(i, i + width) for i in range(0, channels, width)]
-
-
 class PatchEmbed(nn.Module):
     """Overlapping patches: a strided convolution, then a norm ([1] section 3.1)."""
 
@@ -152,7 +143,8 @@ class PatchEmbed(nn.Module):
         self.norm = norm_fn(dim, "patch_embed")
 
     def forward(self, image):                                     # (B, C_in, H, W)
-        return self.norm(as_tokens(self.proj(image)))             # (B, H/s, W/s, C)
+        x = as_tokens(self.proj(image))                           # (B, H/s, W/s, C)
+        return self.norm(x)
 
 
 class Reduce(nn.Module):
@@ -164,20 +156,8 @@ class Reduce(nn.Module):
         self.norm = norm_fn(dim, "sr")
 
     def forward(self, x):                                         # (B, H, W, C)
-        return self.norm(as_tokens(self.conv(as_image(x))))       # (B, H/r, W/r, C)
-
-
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v of each head ([1] eq. 1). (B, heads, N, d) and twice (B, heads, M, d) -> (B, heads, N, d).
-
-    PyTorch's fused kernel computes bf16 on a CPU no faster than fp32. Step by step, over as many queries as have their
-    scores in the cache, it takes half the time. In fp32 the fused one is the faster, and for gradients it keeps no scores.
-    """
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v)
-    N, d = q.shape[2:]
-    keys = (k * d ** -0.5).transpose(2, 3)                        # (B, heads, d, M)
-    return torch.cat([(q[:, :, part] @ keys).softmax(3) @ v for part in slices(N, k)], 2)          # n of the N queries, (B, heads, n, M) scores
+        x = as_tokens(self.conv(as_image(x)))                     # (B, H/r, W/r, C)
+        return self.norm(x)
 
 
 class Attention(nn.Module):
@@ -186,24 +166,40 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, ratio, norm_fn):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
         self.reduce = Reduce(dim, ratio, norm_fn) if ratio > 1 else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def split(self, x):                                           # (B, H, W, C)
-        return x.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)       # (B, heads, H*W, d)
+    def split_heads(self, x):                                     # (B, H, W, C)
+        x = x.flatten(1, 2).unflatten(2, (self.heads, -1))        # (B, H*W, heads, d)
+        return x.transpose(1, 2)                                  # (B, heads, H*W, d)
 
     def forward(self, x):                                         # (B, H, W, C)
         B, H, W, C = x.shape
-        q = self.split(self.q(x))                                 # (B, heads, H*W, d)
+        q = self.split_heads(self.q(x))                           # (B, heads, H*W, d)
         context = self.reduce(x)                                  # (B, H/r, W/r, C)
-        k, v = self.split(self.k(context)), self.split(self.v(context))       # (B, heads, H*W/r^2, d)
+        k = self.split_heads(self.k(context))                     # (B, heads, H*W/r^2, d)
+        v = self.split_heads(self.v(context))                     # (B, heads, H*W/r^2, d)
         out = attend(q, k, v)                                     # (B, heads, H*W, d)
-        return self.proj(out.transpose(1, 2).reshape(B, H, W, C))             # (B, H, W, C)
+        out = out.transpose(1, 2).reshape(B, H, W, C)
+        return self.proj(out)                                     # (B, H, W, C)
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v of each head ([1] eq. 1).
+
+    (B, heads, N, d) and twice (B, heads, M, d) -> (B, heads, N, d)
+    """
+    bf16_on_cpu = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if bf16_on_cpu and not torch.is_grad_enabled():
+        return attend_in_bf16_on_cpu(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class MixFFN(nn.Module):
-    """MLP with a 3x3 depthwise convolution inside, which also tells tokens where they are ([1] eq. 3)."""
+    """MLP with a 3x3 depthwise convolution inside, which tells where a token is ([1] eq. 3)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -212,40 +208,45 @@ class MixFFN(nn.Module):
         self.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def plain(self, x):                                           # (B, H, W, C)
-        return self.fc2(F.gelu(as_tokens(self.dwconv(as_image(self.fc1(x))))))      # (B, H, W, C)
-
     def forward(self, x):                                         # (B, H, W, C)
-        if torch.is_grad_enabled():                               # keep none of the three wide maps for the gradients, but compute them
-            return checkpoint(self.plain, x, use_reentrant=False, preserve_rng_state=False)       # again: 0.4 to 3 % of a step's time
-        fc1, dwconv, fc2 = self.fc1, self.dwconv, self.fc2
-        out = None
-        for part in slices(fc1.out_features, x):                  # n of the 4C hidden channels
-            hidden = F.linear(x, fc1.weight[part], fc1.bias[part])                  # (B, H, W, n)
-            hidden = as_tokens(F.conv2d(as_image(hidden), dwconv.weight[part], dwconv.bias[part], padding=1, groups=hidden.shape[3]))
-            share = F.linear(F.gelu(hidden), fc2.weight[:, part], fc2.bias if out is None else None)          # (B, H, W, C)
-            out = share if out is None else out + share
-        return out
+        x = self.fc1(x)                                           # (B, H, W, 4C)
+        x = as_tokens(self.dwconv(as_image(x)))
+        x = F.gelu(x)
+        return self.fc2(x)                                        # (B, H, W, C)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; a residual branch is dropped per image with probability `drop` while training [4]."""
+    """Pre-norm transformer block; while training, a residual branch is dropped with probability
+    `drop`, for each image by itself [4]."""
 
     def __init__(self, dim, heads, ratio, drop, norm_fn):
         super().__init__()
         self.drop = drop
-        self.norm1, self.attn = norm_fn(dim, "block"), Attention(dim, heads, ratio, norm_fn)
-        self.norm2, self.mlp = norm_fn(dim, "block"), MixFFN(dim)
+        self.norm1 = norm_fn(dim, "block")
+        self.attn = Attention(dim, heads, ratio, norm_fn)
+        self.norm2 = norm_fn(dim, "block")
+        self.mlp = MixFFN(dim)
 
     def drop_path(self, x):
         if not self.training or self.drop == 0:
             return x
         keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.drop
-        return x * (keep / (1 - self.drop)).to(x.dtype)           # scaled so that the expectation stays
+        return x * (keep / (1 - self.drop)).to(x.dtype)           # scaled: the expectation stays
 
     def forward(self, x):                                         # (B, H, W, C)
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))        # (B, H, W, C)
+        return x + self.drop_path(recompute(self.mlp, self.norm2(x)))
+
+
+def recompute(module, x):
+    """module(x), of which the gradients keep x alone and compute the rest again when they need it.
+
+    The MLP's three maps of four times the width are most of what a training step would hold, and
+    cheap to compute. Hooks inside `module` fire again then. Without gradients it is module(x).
+    """
+    if not torch.is_grad_enabled():
+        return module(x)
+    return checkpoint(module, x, use_reentrant=False)
 
 
 class Stage(nn.Module):
@@ -255,96 +256,247 @@ class Stage(nn.Module):
         super().__init__()
         kernel, stride = (7, 4) if index == 0 else (3, 2)
         self.patch_embed = PatchEmbed(in_dim, dim, kernel, stride, norm_fn)
-        self.blocks = nn.Sequential(*(Block(dim, HEADS[index], REDUCTIONS[index], drop, norm_fn) for drop in drops))
+        self.blocks = nn.Sequential()
+        for drop in drops:
+            self.blocks.append(Block(dim, HEADS[index], REDUCTIONS[index], drop, norm_fn))
         self.norm = norm_fn(dim, "stage")
 
     def forward(self, image):                                     # (B, C_in, H, W)
         embedded = self.patch_embed(image)                        # (B, H/s, W/s, C)
-        return as_image(self.norm(self.blocks(embedded))), as_image(embedded)       # (B, C, H/s, W/s) both
+        x = self.blocks(embedded)
+        x = self.norm(x)
+        return as_image(x), as_image(embedded)                    # (B, C, H/s, W/s) both
 
 
 # ---------------------------------------------------------------- decoder
 
-def fuse_stages(stages, weights, bias):
-    """sum_i up(weights_i stage_i) + bias at the first stage's size. (B, C_i, H_i, W_i), (D, C_i), (D,) -> (B, D, H_1, W_1)."""
-    fused = as_image(F.linear(as_tokens(stages[0]), weights[0], bias))              # (B, D, H_1, W_1)
-    for stage, weight in zip(stages[1:], weights[1:]):
-        narrow = as_image(F.linear(as_tokens(stage), weight))     # (B, D, H_i, W_i)
-        wide = F.interpolate(narrow, size=fused.shape[2:], mode="bilinear", align_corners=False)
-        fused = wide.add_(fused)                                  # into `wide`, nobody's view: autograd copies what a view shares
-    return fused
-
-
-def classify(stages, weights, bias, classifier):
-    """classifier(relu(fuse_stages(stages, weights, bias))), a slice of the D channels at a time. -> (B, num_classes, H_1, W_1)"""
-    logits, matrix = classifier.bias, classifier.weight.flatten(1)                              # (num_classes, D)
-    for part in slices(len(bias), as_tokens(stages[0])):
-        x = F.relu(fuse_stages(stages, [weight[part] for weight in weights], bias[part]))       # (B, n, H_1, W_1)
-        logits = logits + F.linear(as_tokens(x), matrix[:, part])                               # (B, H_1, W_1, num_classes)
-    return as_image(logits).contiguous()
-
-
 class Decoder(nn.Module):
-    """The all-MLP decoder ([1] eq. 4), with the published parameters and a fraction of the published operations.
+    """The all-MLP decoder ([1] eq. 4): published parameters, a fraction of the operations.
 
-    Published: project every stage i to D channels (L_i, b_i), upsample to 1/4, concatenate the 4D channels, and mix them
-    with a 1x1 convolution 4D -> D; two thirds of B0's operations are that one convolution at quarter resolution. But
-    everything before the ReLU is linear. Cut the convolution's matrix into a D x D slice F_i a stage, and
+    Published: project every stage i to D channels (L_i, b_i), upsample to 1/4, concatenate the 4D
+    channels, and mix them with a 1x1 convolution 4D -> D; two thirds of B0's operations are that
+    one convolution at quarter resolution. But everything before the ReLU is linear. Cut the
+    convolution's matrix into D x D slices F_i, one for each stage, and
 
-        conv(cat_i(up(L_i x_i + b_i)))  =  sum_i F_i up(L_i x_i + b_i)               a product of block matrices
-                                        =  sum_i up((F_i L_i) x_i)  +  sum_i F_i b_i     F_i acts on channels, up on space:
-                                                                                         they commute; up keeps a constant
-    so each stage needs one D x C_i matrix, F_i L_i, at its own resolution, and nothing is ever concatenated. The products
-    F_i L_i are tiny and made anew in each forward, so F and L train as ever. Exact up to rounding.
+        conv(cat_i(up(L_i x_i + b_i)))
+            = sum_i F_i up(L_i x_i + b_i)                  a product of block matrices
+            = sum_i up((F_i L_i) x_i)  +  sum_i F_i b_i    F_i acts on channels, up on space:
+                                                           they commute; up keeps a constant
+
+    so each stage needs one D x C_i matrix, F_i L_i, at its own resolution, and nothing is ever
+    concatenated. The products F_i L_i are tiny and made anew in each forward, so F and L train as
+    ever. Exact up to rounding.
+
+    The products read F and L themselves. A wrapper or a hook there would be gone around, so with
+    one of those the decoder does what is published, through its modules.
     """
 
     def __init__(self, dims, width, num_classes):
         super().__init__()
-        self.linear = nn.ModuleList(nn.Linear(dim, width) for dim in dims)          # L_i
-        self.fuse = nn.Conv2d(width * len(dims), width, 1, bias=False)              # [F_4 F_3 F_2 F_1], the published order
+        self.linear = nn.ModuleList(nn.Linear(dim, width) for dim in dims)          # L_i, b_i
+        self.fuse = nn.Conv2d(width * len(dims), width, 1, bias=False)              # [F_4 .. F_1]
         self.norm = nn.BatchNorm2d(width)
         self.dropout = nn.Dropout2d(DROPOUT)
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
+    def forward(self, stages):                                    # four of (B, C_i, H_i, W_i)
+        if is_untouched(*self.linear, self.fuse):
+            weights, bias = self.products()
+            x = sum_upsampled(stages, weights, bias)              # (B, D, H_1, W_1)
+        else:
+            x = self.fuse_as_published(stages)                    # (B, D, H_1, W_1)
+        x = F.relu(self.norm(x), inplace=True)
+        if self.training and is_untouched(self.dropout, self.classifier):
+            logits = self.classify_with_dropout(x)                # (B, num_classes, H_1, W_1)
+        else:
+            logits = self.classifier(self.dropout(x))             # (B, num_classes, H_1, W_1)
+        return logits.contiguous()
+
+    def fuse_as_published(self, stages):
+        """conv(cat_i(up(L_i x_i + b_i))), module by module. -> (B, D, H_1, W_1)"""
+        size = stages[0].shape[2:]
+        maps = []
+        for linear, stage in zip(self.linear, stages, strict=True):
+            narrow = as_image(linear(as_tokens(stage)))           # (B, D, H_i, W_i)
+            wide = F.interpolate(narrow, size=size, mode="bilinear", align_corners=False)
+            maps.append(wide)                                     # (B, D, H_1, W_1)
+        return self.fuse(torch.cat(maps[::-1], dim=1))            # stage 4 first: published order
+
     def products(self):
-        """-> (F_i L_i for the four stages, each (D, C_i); sum_i F_i b_i, (D,))."""
-        slices = self.fuse.weight.flatten(1).chunk(len(self.linear), dim=1)[::-1]   # F_1..F_4, (D, D) each
-        weights = [F_i @ linear.weight for F_i, linear in zip(slices, self.linear)]
-        return weights, sum(F_i @ linear.bias for F_i, linear in zip(slices, self.linear))
+        """-> (F_i L_i of the four stages, each (D, C_i); sum_i F_i b_i, (D,))."""
+        mixers = self.fuse.weight.flatten(1).chunk(len(self.linear), dim=1)[::-1]   # F_1 .. F_4
+        pairs = list(zip(mixers, self.linear, strict=True))
+        weights = [F_i @ linear.weight for F_i, linear in pairs]
+        bias = sum(F_i @ linear.bias for F_i, linear in pairs)
+        return weights, bias
 
-    def folded(self):
-        """-> the products with the BatchNorm's scale and shift inside, as it is in eval mode."""
-        weights, bias = self.products()
-        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()   # (D,)
-        return [scale[:, None] * weight for weight in weights], scale * (bias - self.norm.running_mean) + self.norm.bias
+    def classify_with_dropout(self, x):                           # (B, D, H, W)
+        """classifier(dropout(x)) in training, with the dropout in the classifier's matrix.
 
-    def forward(self, stages):                                    # four of (B, C_i, H_i, W_i)
-        if not self.training and not torch.is_grad_enabled():
-            return classify(stages, *self.folded(), self.classifier)
-        x = F.relu(self.norm(fuse_stages(stages, *self.products())), inplace=True)                  # (B, D, H/4, W/4)
-        kept = self.dropout(x.new_ones(*x.shape[:2], 1, 1))       # (B, D, 1, 1): it scales whole channels, so in place of the
-        matrix = self.classifier.weight.flatten(1) * kept.flatten(1)[:, None]       # (B, num_classes, D)      map: the matrix
-        logits = as_tokens(x).flatten(1, 2) @ matrix.transpose(1, 2) + self.classifier.bias         # (B, H/4*W/4, num_classes)
-        return as_image(logits.unflatten(1, x.shape[2:])).contiguous()              # (B, num_classes, H/4, W/4)
+        Dropout2d multiplies each channel d of image b as a whole by k[b, d], 0 or 1 / (1 - p), and
+        sum_d W[c, d] (k[b, d] x[b, d]) = sum_d (W[c, d] k[b, d]) x[b, d]. Scaling the small matrix
+        W in place of the map x saves writing the map a second time, and keeping it for gradients.
+        """
+        B, D, H, W = x.shape
+        k = self.dropout(x.new_ones(B, D, 1, 1)).flatten(1)       # (B, D)
+        matrix = self.classifier.weight.flatten(1) * k[:, None]   # (B, num_classes, D)
+        tokens = as_tokens(x).flatten(1, 2)                       # (B, H*W, D)
+        logits = tokens @ matrix.transpose(1, 2) + self.classifier.bias
+        return as_image(logits.unflatten(1, (H, W)))              # (B, num_classes, H, W)
 
 
-class FoldedDecoder(nn.Module):
-    """`Decoder` for inference, with its four matrices and one bias made once."""
+def sum_upsampled(stages, weights, bias):
+    """sum_i up(weights_i stages_i) + bias, at the first stage's size.
 
-    def __init__(self, decoder):
-        super().__init__()
-        weights, bias = decoder.folded()
-        self.weights, self.bias = nn.ParameterList(weights), nn.Parameter(bias)
-        self.classifier = decoder.classifier
+    stages (B, C_i, H_i, W_i), weights (D, C_i), bias (D,) -> (B, D, H_1, W_1)
+    """
+    total = F.linear(as_tokens(stages[0]), weights[0], bias)      # (B, H_1, W_1, D)
+    total = as_image(total)                                       # (B, D, H_1, W_1)
+    size = total.shape[2:]
+    for stage, weight in zip(stages[1:], weights[1:], strict=True):
+        narrow = as_image(F.linear(as_tokens(stage), weight))     # (B, D, H_i, W_i)
+        wide = F.interpolate(narrow, size=size, mode="bilinear", align_corners=False)
+        # Into `wide`, which is nobody's view: autograd would copy what a view shares.
+        total = wide.add_(total)
+    return total
 
-    def forward(self, stages):                                    # four of (B, C_i, H_i, W_i)
-        return classify(stages, list(self.weights), self.bias, self.classifier)
+
+STOCK = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Dropout2d, DyT, DyL)
+
+
+def is_untouched(*modules):
+    """Are all these plain layers, so that reading their parameters does what calling them does?
+
+    Not so for another class in their place (a LoRA wrapper, a quantised layer), and for a layer
+    with hooks (pruning and weight norm are hooks too) or a forward of its own.
+    """
+    for module in modules:
+        if type(module) not in STOCK or "forward" in module.__dict__:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if module._backward_hooks or module._backward_pre_hooks:
+            return False
+    return True
 
 
 # ---------------------------------------------------------------- the network
 
+class Features(NamedTuple):
+    """What the distillation losses compare."""
+    logits: torch.Tensor                    # (B, num_classes, ceil(H/4), ceil(W/4))
+    stages: list                            # four of (B, C_i, H_i, W_i), after the stage's norm
+    patch_embeds: list                      # four of (B, C_i, H_i, W_i), after the embedding's norm
+
+
+class SegFormer(nn.Module):
+    """Images (B, 3, H, W), float RGB in [0, 1], H and W at least 32
+    -> logits (B, num_classes, ceil(H/4), ceil(W/4)).
+
+    Plain values, or None, that a checkpoint carries beside the weights:
+        classes       names, one for each class
+        palette       (R, G, B), one for each class
+        input_size    (H, W) that images were resized to in training
+        trained_on    the data and fold
+    """
+
+    def __init__(self, variant, num_classes, norm_fn=layer_norm, width=None):
+        super().__init__()
+        self.variant = variant
+        self.num_classes = num_classes
+        self.norm_fn = norm_fn
+        self.classes = None
+        self.palette = None
+        self.input_size = None
+        self.trained_on = None
+        self.folded = False
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+
+        dims = SIZES[variant]["dims"]
+        depths = SIZES[variant]["depths"]
+        last_block = sum(depths) - 1
+        drops = [DROP_PATH * i / last_block for i in range(sum(depths))]
+        self.stages = nn.ModuleList()
+        in_dim = 3
+        for index, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            self.stages.append(Stage(index, in_dim, dim, drops[:depth], norm_fn))
+            in_dim = dim
+            drops = drops[depth:]
+        self.decoder = Decoder(dims, width or SIZES[variant]["width"], num_classes)
+        self.init_weights()
+
+    def init_weights(self):
+        """As published. What is not named here has PyTorch's own initialisation."""
+        self.stages.apply(init_encoder)
+        nn.init.kaiming_normal_(self.decoder.fuse.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images):                                    # (B, 3, H, W)
+        return self.features(images).logits                       # (B, num_classes, H/4, W/4)
+
+    def features(self, images):                                   # (B, 3, H, W)
+        """-> Features(logits, stages, patch_embeds)"""
+        stages, patch_embeds = self.encode(images)
+        logits = self.decoder(stages)
+        return Features(logits, stages, patch_embeds)
+
+    def encode(self, images):                                     # (B, 3, H, W)
+        """-> (stages, patch_embeds) without the decoder, which a teacher of features need not run.
+
+        Raises ValueError for images that are not float RGB in [0, 1].
+        """
+        check_images(images)
+        x = (images - self.mean) / self.std
+        x = x.contiguous(memory_format=torch.channels_last)
+        stages = []
+        patch_embeds = []
+        for stage in self.stages:
+            x, embedded = stage(x)                                # (B, C_i, H_i, W_i), H_i = H / 4,
+            stages.append(x)                                      # H / 8, H / 16, H / 32
+            patch_embeds.append(embedded)
+        return stages, patch_embeds
+
+    @torch.no_grad()
+    def fold(self):
+        """-> an inference copy with the same outputs and fewer operations.
+
+        The decoder and its BatchNorm become four matrices; a DyL goes into the linear maps that
+        read it, a DyT's alpha into the convolution before it; on a CPU the widest maps are
+        computed in slices. A layer with a hook, a wrapper or another class stays as it is.
+
+        The DyL at the end of a stage stays: the next patch embedding pads it with zeros, and a
+        shift does not commute with zero padding; so `features` of a folded model are unchanged too.
+        """
+        model = copy.deepcopy(self).eval()
+        if not model.folded:
+            for stage in model.stages:
+                embed = stage.patch_embed
+                embed.norm = fold_dyt(embed.proj, embed.norm)
+                for block in stage.blocks:
+                    fold_block(block)
+            model.decoder = fold_decoder(model.decoder)
+            model.folded = True
+        return model.requires_grad_(False)
+
+
+def segformer(variant, num_classes, norm_fn=layer_norm, width=None):
+    """A SegFormer with fresh weights.
+
+    variant: "b0" .. "b5"
+    norm_fn: norm_fn(dim, site) -> nn.Module over (..., dim); site is "patch_embed", "block", "sr"
+             (the attention's spatial reduction) or "stage" (its end)
+    width: the decoder's D; None: the published one
+    Raises ValueError for an unknown variant or no classes.
+    """
+    if variant not in SIZES:
+        raise ValueError(f"there is no SegFormer {variant!r}: choose one of {', '.join(SIZES)}")
+    if num_classes < 1:
+        raise ValueError(f"a segmenter needs at least one class, not {num_classes}")
+    return SegFormer(variant, num_classes, norm_fn, width)
+
+
 def init_encoder(module):
-    """Initialisation as published: truncated normal for Linear, fan-out normal for convolutions, no biases."""
+    """Truncated normal for Linear, fan-out normal for convolutions, biases zero."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -354,458 +506,516 @@ def init_encoder(module):
         nn.init.zeros_(module.bias)
 
 
-def fold_dyl(norm, followers):
-    """Move a DyL y = s x + t into the maps that read it, W y + b = (W s) x + (W t + b). -> what is left of the norm."""
-    if not isinstance(norm, DyL):
-        return norm
-    scale = norm.weight * norm.alpha                              # (C,)
-    for layer in followers:                                       # Linear (out, C) or unpadded Conv2d (out, C, r, r)
-        per_channel = layer.weight.flatten(2).sum(2) if layer.weight.ndim == 4 else layer.weight
-        layer.bias += per_channel @ norm.bias
-        layer.weight *= scale.view(1, -1, *[1] * (layer.weight.ndim - 2))
-    return nn.Identity()
+def check_images(images):
+    """Raise ValueError, in a sentence, for images that are not float (B, 3, H, W) in [0, 1].
+
+    The values are looked at on a CPU only: a GPU would have to be waited for, and a graph that is
+    being traced has none yet. Resampling may overshoot 1 a little; 0-255 and images that were
+    normalised before are far beyond it.
+    """
+    fits = images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3
+    if not fits or min(images.shape[2:]) < SMALLEST:
+        raise ValueError(
+            f"SegFormer takes float images (B, 3, H, W) in [0, 1] of at least {SMALLEST} x "
+            f"{SMALLEST} pixels, not {images.dtype} {tuple(images.shape)}")
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or images.device.type != "cpu" or images.numel() == 0:
+        return
+    largest = images.detach().amax().item()
+    if largest > 2:
+        raise ValueError(
+            f"SegFormer takes float images in [0, 1] and normalises them itself, but the largest "
+            f"value here is {largest:g}: divide images in 0-255 by 255")
+
+
+# ---------------------------------------------------------------- inference: what fold() puts in
+
+CACHED = 2 ** 21                            # floats of a map that a CPU's caches hold: 8 MiB
+
+
+def slices(count, floats, device):
+    """Cut range(count) so that a slice, `floats` numbers each, stays in a CPU's cache. -> [slice]
+
+    Between the large linear maps of this network stand only steps that look at one channel at a
+    time (depthwise convolution, GELU, ReLU, resizing), so at inference the widest maps need never
+    exist as a whole, and no memory is fetched for them. One slice for gradients, which keep the
+    whole map, on other devices, and for a compiler, which has ways of its own.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or device.type != "cpu":
+        return [slice(0, count)]
+    width = max(64, CACHED // floats)
+    return [slice(start, start + width) for start in range(0, count, width)]
+
+
+class FoldedMixFFN(nn.Module):
+    """`MixFFN` for inference, a slice of the 4C hidden channels at a time."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.fc1 = mlp.fc1
+        self.dwconv = mlp.dwconv
+        self.fc2 = mlp.fc2
+
+    def forward(self, x):                                         # (B, H, W, C)
+        B, H, W, _ = x.shape
+        first, *others = slices(self.fc1.out_features, B * H * W, x.device)
+        out = F.linear(self.hidden(x, first), self.fc2.weight[:, first], self.fc2.bias)
+        for part in others:
+            out += F.linear(self.hidden(x, part), self.fc2.weight[:, part])
+        return out                                                # (B, H, W, C)
+
+    def hidden(self, x, part):
+        """The hidden channels in the slice `part`, n of them. (B, H, W, C) -> (B, H, W, n)"""
+        x = F.linear(x, self.fc1.weight[part], self.fc1.bias[part])                 # (B, H, W, n)
+        kernels = self.dwconv.weight[part]                        # (n, 1, 3, 3)
+        bias = self.dwconv.bias[part]
+        x = F.conv2d(as_image(x), kernels, bias, padding=1, groups=len(kernels))    # (B, n, H, W)
+        return F.gelu(as_tokens(x))
+
+
+class FoldedDecoder(nn.Module):
+    """`Decoder` for inference: four matrices and one bias, made once with the BatchNorm inside,
+    applied to a slice of the D channels at a time."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        norm = decoder.norm
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()                  # (D,)
+        weights, bias = decoder.products()
+        self.weights = nn.ParameterList(scale[:, None] * weight for weight in weights)
+        self.bias = nn.Parameter(scale * (bias - norm.running_mean) + norm.bias)
+        self.classifier = decoder.classifier
+
+    def forward(self, stages):                                    # four of (B, C_i, H_i, W_i)
+        B, _, H, W = stages[0].shape
+        matrix = self.classifier.weight.flatten(1)                # (num_classes, D)
+        logits = self.classifier.bias
+        for part in slices(len(self.bias), B * H * W, stages[0].device):
+            weights = [weight[part] for weight in self.weights]
+            x = sum_upsampled(stages, weights, self.bias[part])   # (B, n, H_1, W_1)
+            x = as_tokens(F.relu(x, inplace=True))                # (B, H_1, W_1, n)
+            logits = logits + F.linear(x, matrix[:, part])        # (B, H_1, W_1, num_classes)
+        return as_image(logits).contiguous()                      # (B, num_classes, H_1, W_1)
+
+
+class FoldedDyT(nn.Module):
+    """A DyT for inference behind a map that has its 2 alpha already. Overwrites x.
+
+    (..., C) -> (..., C). tanh(z) = 2 sigmoid(2 z) - 1, and a sigmoid costs a CPU less than a tanh.
+    """
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight = nn.Parameter(2 * norm.weight)
+        self.bias = nn.Parameter(norm.bias - norm.weight)
+
+    def forward(self, x):
+        return torch.addcmul(self.bias, self.weight, torch.sigmoid_(x))
 
 
 def fold_dyt(layer, norm):
-    """Move a DyT's alpha into the convolution before it. -> what is left of the norm."""
-    if not isinstance(norm, DyT):
+    """Move a DyT's alpha into the convolution before it. -> what is left of the norm"""
+    if type(norm) is not DyT or not is_untouched(layer, norm):
         return norm
     layer.weight *= 2 * norm.alpha
     layer.bias *= 2 * norm.alpha
-    return FoldedDyT(norm).requires_grad_(False)
+    return FoldedDyT(norm)
 
 
-class Features(NamedTuple):
-    logits: torch.Tensor                                          # (B, num_classes, ceil(H/4), ceil(W/4))
-    stages: list                                                  # four of (B, C_i, H_i, W_i), after the stage's norm
-    patch_embeds: list                                            # four of (B, C_i, H_i, W_i), after the embedding's norm
+def fold_dyl(norm, readers):
+    """Move a DyL y = s x + t into the maps that read it. -> what is left of the norm
 
-
-class SegFormer(nn.Module):
-    """Images (B, 3, H, W), float RGB in [0, 1], H and W at least 32 -> logits (B, num_classes, ceil(H/4), ceil(W/4)).
-
-    A checkpoint carries, as plain values or None: `classes` (names), `palette` ((R, G, B) a class), `input_size` ((H, W) that
-    images were resized to in training), `trained_on` (the data and fold).
+    W y + b = (W s) x + (W t + b), for Linear (out, C) and for unpadded Conv2d (out, C, r, r).
     """
-
-    def __init__(self, variant, num_classes, norm_fn=layer_norm, width=None):
-        super().__init__()
-        dims, depths, published = SIZES[variant].values()
-        self.variant, self.num_classes, self.norm_fn = variant, num_classes, norm_fn
-        self.classes = self.palette = self.input_size = self.trained_on = None
-        self.folded = False
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
-        drops = [DROP_PATH * i / (sum(depths) - 1) for i in range(sum(depths))]     # linear over depth
-        drops = [drops[sum(depths[:i]):sum(depths[:i + 1])] for i in range(len(depths))]
-        in_dims = (3, *dims[:-1])
-        self.stages = nn.ModuleList(Stage(i, in_dims[i], dims[i], drops[i], norm_fn) for i in range(len(dims)))
-        self.decoder = Decoder(dims, width or published, num_classes)
-        self.stages.apply(init_encoder)
-        nn.init.kaiming_normal_(self.decoder.fuse.weight, mode="fan_out", nonlinearity="relu")     # the rest: torch's own
-
-    def forward(self, images):
-        return self.features(images).logits
-
-    def features(self, images):                                   # (B, 3, H, W)
-        """-> Features(logits, stages, patch_embeds), what the distillation losses compare."""
-        stages, patch_embeds = self.encode(images)
-        return Features(self.decoder(stages), stages, patch_embeds)
-
-    def encode(self, images):                                     # (B, 3, H, W)
-        """-> (stages, patch_embeds) without the decoder, which a teacher of features alone need not run."""
-        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < SMALLEST or not images.is_floating_point():
-            raise ValueError(f"SegFormer takes float images (B, 3, H, W) in [0, 1] of at least {SMALLEST} x {SMALLEST} "
-                             f"pixels, not {images.dtype} {tuple(images.shape)}")
-        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        stages, patch_embeds = [], []
-        for stage in self.stages:
-            x, embedded = stage(x)                                # (B, C_i, H_i, W_i)   strides 4, 8, 16, 32
-            stages.append(x)
-            patch_embeds.append(embedded)
-        return stages, patch_embeds
-
-    @torch.no_grad()
-    def fold(self):
-        """-> an inference copy with the same outputs: decoder and BatchNorm in four matrices, DyL in the next linear map,
-        DyT's alpha in the convolution before it.
-
-        The DyL at the end of a stage stays: the next patch embedding pads it with zeros, and a shift does not commute with
-        zero padding; so `features` of a folded model are unchanged too.
-        """
-        model = copy.deepcopy(self).eval().requires_grad_(False)
-        if self.folded:
-            return model
-        model.folded = True
-        model.decoder = FoldedDecoder(model.decoder).requires_grad_(False)
-        for block in (block for stage in model.stages for block in stage.blocks):
-            attn = block.attn
-            reduces = isinstance(attn.reduce, Reduce)
-            block.norm1 = fold_dyl(block.norm1, [attn.q, attn.reduce.conv] if reduces else [attn.q, attn.k, attn.v])
-            block.norm2 = fold_dyl(block.norm2, [block.mlp.fc1])
-            if reduces:
-                attn.reduce.norm = fold_dyl(fold_dyt(attn.reduce.conv, attn.reduce.norm), [attn.k, attn.v])
-        for embed in (stage.patch_embed for stage in model.stages):
-            embed.norm = fold_dyt(embed.proj, embed.norm)
-        return model
+    if type(norm) is not DyL or not is_untouched(norm, *readers):
+        return norm
+    scale = norm.weight * norm.alpha                              # (C,)
+    for layer in readers:
+        if isinstance(layer, nn.Linear):
+            layer.bias += layer.weight @ norm.bias
+            layer.weight *= scale
+        else:
+            layer.bias += layer.weight.flatten(2).sum(2) @ norm.bias
+            layer.weight *= scale[:, None, None]
+    return nn.Identity()
 
 
-def segformer(variant, num_classes, norm_fn=layer_norm, width=None):
-    """A SegFormer with fresh weights. variant "b0".."b5"; norm_fn(dim, site) -> nn.Module over (..., dim), where site is
-    "patch_embed" | "block" | "sr" | "stage"; width: the decoder's D, None for the published one. Raises ValueError for an
-    unknown variant or no classes."""
-    if variant not in SIZES:
-        raise ValueError(f"there is no SegFormer {variant!r}: choose one of {', '.join(SIZES)}")
-    if num_classes < 1:
-        raise ValueError(f"a segmenter needs at least one class, not {num_classes}")
-    return SegFormer(variant, num_classes, norm_fn, width)
+def fold_block(block):
+    attn = block.attn
+    if isinstance(attn.reduce, Reduce):
+        reduce = attn.reduce
+        block.norm1 = fold_dyl(block.norm1, [attn.q, reduce.conv])
+        reduce.norm = fold_dyt(reduce.conv, reduce.norm)
+        reduce.norm = fold_dyl(reduce.norm, [attn.k, attn.v])
+    else:
+        block.norm1 = fold_dyl(block.norm1, [attn.q, attn.k, attn.v])
+    mlp = block.mlp
+    if is_untouched(mlp.fc1, mlp.dwconv, mlp.fc2):
+        block.norm2 = fold_dyl(block.norm2, [mlp.fc1])
+        block.mlp = FoldedMixFFN(mlp)
+
+
+def fold_decoder(decoder):
+    """-> a FoldedDecoder; the decoder itself where a layer of it is not what it was."""
+    layers = (*decoder.linear, decoder.fuse, decoder.norm, decoder.classifier)
+    return FoldedDecoder(decoder) if is_untouched(*layers) else decoder
+
+
+def attend_in_bf16_on_cpu(q, k, v):
+    """`attend` step by step, over as many queries at once as have their scores in the cache.
+
+    PyTorch's fused kernel computes bf16 on a CPU no faster than fp32; this takes half its time. In
+    fp32 the fused one is the faster, and with gradients it keeps no scores.
+    """
+    B, heads, N, d = q.shape
+    M = k.shape[2]
+    keys = (k * d ** -0.5).transpose(2, 3)                        # (B, heads, d, M)
+    outputs = []
+    for part in slices(N, B * heads * M, q.device):
+        scores = q[:, :, part] @ keys                             # (B, heads, n, M)
+        outputs.append(scores.softmax(3) @ v)                     # (B, heads, n, d)
+    return torch.cat(outputs, dim=2)                              # (B, heads, N, d)
 
 
 # ---------------------------------------------------------------- checkpoints
+
+MAX_WIDTH = 4096                            # D that a file may ask for
+FORMATS_FILE = "extras/checkpoint_formats.py"
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one sentence for the user."""
 
 
-class Format(NamedTuple):
-    """How others write a SegFormer down, and what their code does that their tensors do not tell."""
-    name: str
-    sign: str                                                     # what one of its keys begins with, and none of the next formats'
-    rules: list                                                   # (beginning of a key: a pattern, ours); "-": not this network's
-    eps: float | None = None                                      # of all its LayerNorms; None: as `layer_norm` has them
-    plain: bool = False                                           # images in [0, 1] without ImageNet's mean and std
-    void: bool = False                                            # its last class is void
+@contextlib.contextmanager
+def write_atomically(path, shared=False):
+    """Yield a binary file that appears at `path` whole or not at all.
 
+        with write_atomically("x.pth") as file:
+            torch.save(content, file)
 
-_EMBED = r"(?:segformer\.)?encoder\.patch_embeddings\.(\d)\."
-_BLOCK = r"(?:segformer\.)?encoder\.block\.(\d)\.(\d+)\."
-HUGGING_FACE = [                                                  # on the hub and on the disk
-    (_EMBED + r"proj\.", r"stages.\1.patch_embed.proj."),
-    (_EMBED + r"layer_norm\.", r"stages.\1.patch_embed.norm."),
-    (_BLOCK + r"layer_norm_(\d)\.", r"stages.\1.blocks.\2.norm\3."),
-    (_BLOCK + r"attention\.self\.query\.", r"stages.\1.blocks.\2.attn.q."),
-    (_BLOCK + r"attention\.self\.key\.", r"stages.\1.blocks.\2.attn.k."),
-    (_BLOCK + r"attention\.self\.value\.", r"stages.\1.blocks.\2.attn.v."),
-    (_BLOCK + r"attention\.self\.sr\.", r"stages.\1.blocks.\2.attn.reduce.conv."),
-    (_BLOCK + r"attention\.self\.layer_norm\.", r"stages.\1.blocks.\2.attn.reduce.norm."),
-    (_BLOCK + r"attention\.output\.dense\.", r"stages.\1.blocks.\2.attn.proj."),
-    (_BLOCK + r"mlp\.dense(\d)\.", r"stages.\1.blocks.\2.mlp.fc\3."),
-    (_BLOCK + r"mlp\.dwconv\.dwconv\.", r"stages.\1.blocks.\2.mlp.dwconv."),
-    (r"(?:segformer\.)?encoder\.layer_norm\.(\d)\.", r"stages.\1.norm."),
-    (r"decode_head\.linear_c\.(\d)\.proj\.", r"decoder.linear.\1."),
-    (r"decode_head\.linear_fuse\.", r"decoder.fuse."),
-    (r"decode_head\.batch_norm\.", r"decoder.norm."),
-    (r"decode_head\.classifier\.", r"decoder.classifier."),
-    (r"classifier\.", "-"),                                       # of an ImageNet classifier
-]
-_STAGE = r"(?:segformer\.)?stages\.(\d)\."
-TRANSFORMERS_5 = [                                                # its state_dict(), before its writer renames it
-    (_STAGE + r"patch_embeddings\.proj\.", r"stages.\1.patch_embed.proj."),
-    (_STAGE + r"patch_embeddings\.layer_norm\.", r"stages.\1.patch_embed.norm."),
-    (_STAGE + r"blocks\.(\d+)\.layernorm_before\.", r"stages.\1.blocks.\2.norm1."),
-    (_STAGE + r"blocks\.(\d+)\.layernorm_after\.", r"stages.\1.blocks.\2.norm2."),
-    (_STAGE + r"blocks\.(\d+)\.attention\.([qkv])_proj\.", r"stages.\1.blocks.\2.attn.\3."),
-    (_STAGE + r"blocks\.(\d+)\.attention\.o_proj\.", r"stages.\1.blocks.\2.attn.proj."),
-    (_STAGE + r"blocks\.(\d+)\.attention\.sequence_reduction\.sequence_reduction\.", r"stages.\1.blocks.\2.attn.reduce.conv."),
-    (_STAGE + r"blocks\.(\d+)\.attention\.sequence_reduction\.layer_norm\.", r"stages.\1.blocks.\2.attn.reduce.norm."),
-    (_STAGE + r"blocks\.(\d+)\.mlp\.dwconv\.dwconv\.", r"stages.\1.blocks.\2.mlp.dwconv."),
-    (_STAGE + r"blocks\.(\d+)\.mlp\.fc(\d)\.", r"stages.\1.blocks.\2.mlp.fc\3."),
-    (_STAGE + r"layer_norm\.", r"stages.\1.norm."),
-    (r"decode_head\.linear_projections\.(\d)\.proj\.", r"decoder.linear.\1."),
-    *HUGGING_FACE[-4:],
-]
-NVLABS = [rule for i in range(4) for rule in (                    # it counts stages from 1, and has k and v in one: see `rename`
-    (rf"(?:backbone\.)?patch_embed{i + 1}\.", rf"stages.{i}.patch_embed."),
-    (rf"(?:backbone\.)?block{i + 1}\.(\d+)\.attn\.sr\.", rf"stages.{i}.blocks.\1.attn.reduce.conv."),
-    (rf"(?:backbone\.)?block{i + 1}\.(\d+)\.attn\.norm\.", rf"stages.{i}.blocks.\1.attn.reduce.norm."),
-    (rf"(?:backbone\.)?block{i + 1}\.(\d+)\.mlp\.dwconv\.dwconv\.", rf"stages.{i}.blocks.\1.mlp.dwconv."),
-    (rf"(?:backbone\.)?block{i + 1}\.(\d+)\.", rf"stages.{i}.blocks.\1."),
-    (rf"(?:backbone\.)?norm{i + 1}\.", rf"stages.{i}.norm."),
-    (rf"(?:decode_head\.)?linear_c{i + 1}\.proj\.", rf"decoder.linear.{i}."),
-)] + [
-    (r"(?:decode_head\.)?linear_fuse\.conv\.", "decoder.fuse."),
-    (r"(?:decode_head\.)?linear_fuse\.(?:bn|norm)\.", "decoder.norm."),
-    (r"(?:decode_head\.)?linear_pred\.", "decoder.classifier."),
-    (r"decode_head\.conv_seg\.", "-"),                            # mmseg's base class makes it, nothing calls it
-    (r"head\.", "-"),                                             # of an ImageNet classifier
-]
-FORMATS = (
-    Format("Hugging Face", _EMBED, HUGGING_FACE, eps=1e-5),       # its code ignores layer_norm_eps of its own config
-    Format("transformers 5", _STAGE + "patch_embeddings", TRANSFORMERS_5, eps=1e-5),
-    Format("NVlabs segmenter", r"backbone\.patch_embed1\.", NVLABS),
-    Format("TransKD/EffiSeg", r"linear_pred\.", NVLABS, plain=True, void=True),
-    Format("NVlabs encoder", r"patch_embed1\.", NVLABS),
-)
-
-
-def save_checkpoint(model, path, half=False, **extra):
-    """Write `model`, and `extra` plain values or tensors beside it, so that load_checkpoint(path) rebuilds it alone.
-
-    half: weights in fp16, half the size, for distribution (BatchNorm's statistics and the preprocessing stay fp32).
-
-    The file appears whole or not at all: it is written beside `path`, flushed to the disk, then renamed.
-    Raises CheckpointError for a folded model or a norm_fn that is not in NORMS.
+    It is written beside `path`, flushed to the disk, then renamed. After an error nothing is left
+    of it, and what stood at `path` before is untouched; the error goes on to the caller.
+    shared: other processes may be writing the same `path`, so each writes beside it by itself
     """
-    norm = next((name for name, norm_fn in NORMS.items() if norm_fn is model.norm_fn), None)
-    if norm is None or model.folded:
-        raise CheckpointError(f"cannot save {path}: " + ("a folded model is for inference only, save the one it came from"
-                              if model.folded else "add the norm function to model.NORMS so that loading finds it"))
-    content = dict(format="effiseg", variant=model.variant, norm=norm, num_classes=model.num_classes, classes=model.classes,
-                   palette=model.palette, input_size=model.input_size, trained_on=model.trained_on,
-                   layer_norm_eps=[m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)],
-                   model={name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, **extra)
-    if half:
-        small = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-        lost = [name for name, tensor in small.items() if not tensor.isfinite().all()]
-        if lost:
-            raise CheckpointError(f"cannot save {path} in fp16: {lost[0]} has values beyond its range")
-        content["model"] |= small
-    partial = f"{path}.partial"
+    partial = f"{path}.{os.getpid()}.partial" if shared else f"{path}.partial"
     try:
         with open(partial, "wb") as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:                      # a full disk is either, by where torch meets it
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk may be full"
-        raise CheckpointError(f"cannot write {path}: {reason}; what stood there before is untouched") from None
     finally:
-        if os.path.exists(partial):
+        with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
+
+
+def save_checkpoint(model, path, half=False, **extra):
+    """Write `model`, and `extra` plain values or tensors beside it, so that load_checkpoint(path)
+    rebuilds it alone. The file appears whole or not at all.
+
+    half: weights in fp16, half the size, for distribution (BatchNorm's statistics and the
+          preprocessing stay fp32)
+    Raises CheckpointError for a folded model, a norm_fn that is not in NORMS, weights that fp16
+    cannot hold, and a file that cannot be written.
+    """
+    if model.folded:
+        raise CheckpointError(f"cannot save {path}: a folded model is for inference only, "
+                              f"save the one it came from")
+    norms = [name for name, norm_fn in NORMS.items() if norm_fn is model.norm_fn]
+    if not norms:
+        raise CheckpointError(f"cannot save {path}: add the norm function to model.NORMS "
+                              f"so that loading finds it")
+    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    if half:
+        tensors |= half_parameters(model, path)
+    content = {
+        "format": "effiseg",
+        "variant": model.variant,
+        "norm": norms[0],
+        "num_classes": model.num_classes,
+        "classes": model.classes,
+        "palette": model.palette,
+        "input_size": model.input_size,
+        "trained_on": model.trained_on,
+        "layer_norm_eps": [norm.eps for norm in layer_norms(model)],
+        "model": tensors,
+        **extra,
+    }
+    try:
+        with write_atomically(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:                      # a full disk can be either
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise CheckpointError(f"cannot write {path}: {reason}; "
+                              f"what stood there before is untouched") from None
+
+
+def half_parameters(model, path):
+    """-> {name: the parameter in fp16}. Raises CheckpointError where one does not fit."""
+    small = {}
+    for name, parameter in model.named_parameters():
+        small[name] = parameter.detach().half()
+        if not small[name].isfinite().all():
+            raise CheckpointError(f"cannot save {path} in fp16: {name} has values beyond its range")
+    return small
+
+
+def layer_norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
 
 
 def load_checkpoint(path, num_classes=None):
     """-> the SegFormer in `path`, on the CPU, in eval mode; what was found is printed.
 
-    Reads this project's checkpoints, Hugging Face's (.bin, .safetensors, or a folder with its config.json), NVlabs' ImageNet
-    encoders and segmenters, and TransKD's and EffiSeg's. With a `num_classes` that differs from the file's, or a file
-    without a decoder, that part is new and it is said. Raises CheckpointError, in a sentence, for anything that is not
-    exactly this network. No code in the file is run.
+    Reads this project's checkpoints and, with extras/checkpoint_formats.py, Hugging Face's (.bin,
+    .safetensors, or a folder with its config.json), NVlabs' ImageNet encoders and segmenters, and
+    TransKD's and EffiSeg's. With a `num_classes` that differs from the file's, or a file without a
+    decoder, that part is new and it is said. No code in the file is run.
+
+    Raises CheckpointError, in a sentence, for anything that is not exactly this network.
     """
-    content, kind = convert(read_checkpoint(path), num_classes, path)
+    content = read_checkpoint(path)
+    if content.get("format") == "effiseg":
+        check_own(content, path)
+        kind = "EffiSeg"
+    else:
+        content, kind = other_formats(path).convert(content, num_classes, path)
     tensors = content["model"]
-    variant = find_variant(tensors, path)
-    head, fuse = tensors.get("decoder.classifier.weight"), tensors.get("decoder.fuse.weight")
-    found = None if head is None else head.shape[:1].numel() if head.ndim else 0
-    if found == 0:
-        raise CheckpointError(f"{path} has a head without classes")
-    if found is None and any(name.startswith("decoder.") for name in tensors):
-        raise CheckpointError(f"{path} is not whole: it has parts of a decoder, but no classifier")
-    if found is None and num_classes is None:
-        raise CheckpointError(f"{path} is an encoder without a decoder: it can start a network (train.py --init), not be one")
-    norm = content.get("norm")
-    if not isinstance(norm, str) or norm not in NORMS:
-        raise CheckpointError(f"{path} was trained with norm {norm!r}, which is not in model.NORMS")
-    width = fuse.shape[0] if fuse is not None and fuse.ndim == 4 and 0 < fuse.shape[0] <= MAX_WIDTH else None
-    model = segformer(variant, num_classes or found, NORMS[norm], width)
-    expected = () if found == model.num_classes else ("decoder.",) if found is None else ("decoder.classifier.",)
-    loaded = load_tensors(model, tensors, expected, path)
-    read_extras(model, content, found, path)
-    new = "" if not expected else ", new decoder" if found is None else f", new head (the file's has {found} classes)"
-    print(f"{path}: SegFormer-{model.variant.upper()}, {model.num_classes} classes, {kind}, {loaded} tensors, {normalisation(model)}{new}")
+    file_classes = count_classes(tensors, path)
+    if file_classes is None and num_classes is None:
+        raise CheckpointError(f"{path} is an encoder without a decoder: "
+                              f"it can start a network (train.py --init), not be one")
+
+    norm_fn = NORMS[content["norm"]]
+    width = decoder_width(tensors)
+    model = segformer(content["variant"], num_classes or file_classes, norm_fn, width)
+    if file_classes is None:
+        new_part = "decoder."
+        said = ", new decoder"
+    elif file_classes != model.num_classes:
+        new_part = "decoder.classifier."
+        said = f", new head (the file's has {file_classes} classes)"
+    else:
+        new_part = None
+        said = ""
+    loaded = load_tensors(model, tensors, new_part, path)
+    set_extras(model, content, file_classes, path)
+    print(f"{path}: SegFormer-{model.variant.upper()}, {model.num_classes} classes, {kind}, "
+          f"{loaded} tensors, {describe_normalisation(model)}{said}")
     return model.eval()
 
 
-def normalisation(model):
-    """What the model does to images in [0, 1], in words."""
-    mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
-    known = {(MEAN, STD): "ImageNet mean/std", ((0, 0, 0), (1, 1, 1)): "no mean/std"}
-    fits = (words for pair, words in known.items() if all(abs(a - b) < 1e-4 for a, b in zip(mean + std, (*pair[0], *pair[1]))))
-    return next(fits, f"mean {[round(m, 3) for m in mean]}, std {[round(s, 3) for s in std]}")
-
-
-def convert(content, num_classes, path):
-    """What a file holds -> (our own checkpoint's dict, the words for its format)."""
-    ours = content.get("format") == "effiseg"
-    tensors = content.get("model") if ours else content.get("state_dict", content.get("tensors", content))
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and is_plain(t) for k, t in tensors.items()):
-        raise CheckpointError(f"{path} is not a checkpoint of a SegFormer: it holds other things than named tensors")
-    files = [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else [path]
-    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > max(map(os.path.getsize, files)):
-        raise CheckpointError(f"{path} is damaged: its tensors claim more bytes than the file has")
-    if ours:
-        if not isinstance(content.get("layer_norm_eps"), list):
-            raise CheckpointError(f"{path} is damaged: it has no layer_norm_eps")
-        return content, "EffiSeg"
-    layout, tensors, dropped = rename(tensors, path)
-    words, head = layout.name, "decoder.classifier."
-    outputs = tensors[f"{head}weight"].shape[:1].numel() if f"{head}weight" in tensors else 0
-    if layout.void and outputs == (20 if num_classes is None else num_classes + 1):               # Cityscapes' 19 and void
-        tensors |= {name: tensors[name][:-1] for name in (f"{head}weight", f"{head}bias") if name in tensors}
-        words += " without its void output"
-    if dropped:
-        words += f" ({dropped} tensors of its distillation left out)"
-    if layout.plain:
-        tensors |= {"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)}
-    meta = content.get("meta")                                    # mmseg's: names and colours, where it wrote them
-    names, palette = (meta.get("CLASSES"), meta.get("PALETTE")) if isinstance(meta, dict) else (None, None)
-    fits = all(isinstance(value, (list, tuple)) and len(value) == outputs for value in (names, palette)) and all(isinstance(n, str) for n in names)
-    own = dict(model=tensors, norm="ln", layer_norm_eps=layout.eps, classes=list(names) if fits else None,
-               palette=[tuple(colour) for colour in palette] if fits else None)
-    return own | content.get("facts", {}) | {"model": tensors | content.get("buffers", {})}, words
-
-
-def is_plain(tensor):
-    """A dense tensor in memory that is what it says: strided, not quantised, not a shape without data."""
-    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized \
-        and not tensor.is_complex()
-
-
-def read_extras(model, content, classes, path):
-    """Set what a checkpoint carries beside the weights; CheckpointError where it does not fit the network."""
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    eps, size = content["layer_norm_eps"], content.get("input_size")
-    eps = [norm.eps if eps is None else eps for norm in norms] if not isinstance(eps, list) else eps
-    fits = len(eps) == len(norms) and all(isinstance(value, float) and value > 0 for value in eps)
-    fits &= size is None or isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(n, int) and n >= SMALLEST for n in size)
-    names, palette = content.get("classes"), content.get("palette")
-    fits &= all(value is None or isinstance(value, list) and len(value) == classes for value in (names, palette))
-    if not fits:
-        raise CheckpointError(f"{path} is damaged: its layer_norm_eps, input_size, classes or palette do not fit its network")
-    for norm, value in zip(norms, eps):
-        norm.eps = value
-    model.input_size, model.trained_on = size, content.get("trained_on")
-    if classes == model.num_classes:
-        model.classes, model.palette = names, palette
+def other_formats(path):
+    """-> the module that reads the files of others. Raises CheckpointError where it is absent."""
+    try:
+        return importlib.import_module("extras.checkpoint_formats")
+    except ImportError:
+        raise CheckpointError(f"{path} is not in this project's own format: to read those of "
+                              f"others, copy {FORMATS_FILE} beside model.py too") from None
 
 
 def read_checkpoint(path):
-    """-> the dict in a .safetensors or torch file, or in a Hugging Face folder; tensors and plain values only, nothing is run."""
+    """-> the dict in a torch file; with extras/checkpoint_formats.py also in a .safetensors file or
+    a Hugging Face folder. Tensors and plain values only; nothing is run. Raises CheckpointError."""
     if os.path.isdir(path):
-        return read_folder(path)
+        return other_formats(path).read_folder(path)
+    is_safetensors = str(path).endswith(".safetensors")
+    read = other_formats(path).read_safetensors if is_safetensors else read_torch_file
     try:
-        if str(path).endswith(".safetensors"):
-            return {"tensors": read_safetensors(path)}
-        check_archive(path)
-        content = torch.load(path, "cpu", weights_only=True)
+        content = read(path)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"cannot open checkpoint {path}: {error.strerror}") from None
-    except Exception as error:                                    # a stranger's file can be broken in any way there is
-        unsafe = any(word in str(error) for word in ("Unsupported global", "Unsupported class", "GLOBAL"))
-        reason = "it holds more than tensors and plain values, perhaps code, and is not run" if unsafe else "it is damaged or of another kind; nothing in it was run"
+    except Exception as error:              # a stranger's file can be broken in any way there is
+        reason = describe_damage(error)
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {reason}") from None
+    if is_safetensors:
+        return {"tensors": content}
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not named tensors")
+        kind = type(content).__name__
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {kind}, not named tensors")
     return content
 
 
+def read_torch_file(path):
+    check_archive(path)
+    return torch.load(path, "cpu", weights_only=True)
+
+
 def check_archive(path):
-    """Hold a torch file (a zip archive) against its checksums, which torch itself does not read, and refuse compressed records:
-    torch writes none, and a small one could unpack to more than the memory. Raises ValueError."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            if not packed and archive.testzip() is not None:
-                raise ValueError("a checksum in it does not fit")
-        if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
-            raise ValueError("its records are compressed or overlap")
+    """Raise ValueError for a torch file (a zip archive) that is damaged or unpacks to too much.
 
-
-def read_folder(path):
-    """-> the weights of a Hugging Face folder and what its config.json and preprocessor_config.json say beside them."""
-    files = [name for name in ("model.safetensors", "pytorch_model.bin") if os.path.isfile(os.path.join(path, name))]
-    try:
-        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-        preprocessor = os.path.join(path, "preprocessor_config.json")
-        with open(preprocessor if os.path.isfile(preprocessor) else os.devnull, encoding="utf-8") as file:
-            images = json.loads(file.read() or "{}")
-        labels = config.get("id2label") or {}
-        names = [str(labels[str(i)]) for i in range(len(labels))]
-        mean, std = (images.get(name, default) for name, default in (("image_mean", MEAN), ("image_std", STD)))
-        mean, std = ((0, 0, 0), (1, 1, 1)) if images.get("do_normalize") is False else (mean, std)
-        buffers = {name: torch.tensor(value, dtype=torch.float32).reshape(1, 3, 1, 1) for name, value in (("mean", mean), ("std", std))}
-    except OSError as error:
-        raise CheckpointError(f"{path} is no Hugging Face folder: cannot open {error.filename} ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        raise CheckpointError(f"{path} is no Hugging Face folder of a SegFormer: its config.json or preprocessor_config.json is damaged") from None
-    if config.get("model_type") != "segformer" or not files:
-        raise CheckpointError(f"{path}: " + (f"its config.json is of a {config.get('model_type')!r}, not of a segformer" if files
-                                             else "no model.safetensors or pytorch_model.bin in it"))
-    content = read_checkpoint(os.path.join(path, files[0]))
-    tensors = content.get("tensors", content)
-    head = tensors.get("decode_head.classifier.weight")
-    named = isinstance(head, torch.Tensor) and len(names) == head.shape[:1].numel() and names != [f"LABEL_{i}" for i in range(len(names))]
-    return dict(tensors=tensors, buffers=buffers, facts=dict(classes=names) if named else {})
-
-
-def read_safetensors(path):
-    """-> {name: tensor}. The format: 8 bytes header length, JSON header of (dtype, shape, offsets), raw tensors.
-
-    Read here and not with its package, which is a dependency for thirty lines: nothing is allocated before the header has
-    been held against the size of the file, and the tensors must fill the rest of it without gaps or overlaps.
+    torch does not read the checksums itself. It writes no compressed records, so a file with some
+    is not torch's, and a small one could unpack to more than the memory.
     """
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-    with open(path, "rb") as file:
-        length, rest = int.from_bytes(file.read(8), "little"), os.path.getsize(path) - 8
-        if length > min(rest, MAX_HEADER):
-            raise ValueError("its header is longer than the file, or than the format allows")
-        header = json.loads(file.read(length))
-        data = bytearray(file.read())
-    header.pop("__metadata__", None)
-    tensors, filled = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (start, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        fits = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-        if not fits or start != filled or end > len(data) or math.prod(shape) * dtype.itemsize != end - start:
-            raise ValueError(f"the place or size of {name} does not fit the file")
-        count, filled = math.prod(shape), end
-        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start).reshape(shape) if count \
-            else torch.empty(shape, dtype=dtype)
-    if filled != len(data):
-        raise ValueError("it holds more than its header tells")
-    return tensors
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        unpacked_size = sum(entry.file_size for entry in entries)
+        if packed or unpacked_size > os.path.getsize(path):
+            raise ValueError("its records are compressed or overlap")
+        if archive.testzip() is not None:
+            raise ValueError("a checksum in it does not fit")
 
 
-def rename(tensors, path):
-    """Another format's names -> ours. -> (its Format, {our name: tensor}, how many tensors beside the network were left out)."""
-    tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}            # DataParallel's
-    own = {key.removeprefix("student."): tensor for key, tensor in tensors.items() if key.startswith("student.")}
-    dropped, tensors = (len(tensors) - len(own), own) if own else (0, tensors)                    # projections, the teacher
-    layout = next((layout for layout in FORMATS if any(re.match(layout.sign, key) for key in tensors)), None)
-    if layout is None:
-        mmseg = any(re.match(r"(backbone\.)?layers\.\d\.0\.projection\.", key) for key in tensors)
-        reason = "written by mmseg 1.x, whose decoder is another network: use NVlabs' or Hugging Face's file of the same model" if mmseg \
-            else f"no SegFormer in a known format ({', '.join(['EffiSeg', *(layout.name for layout in FORMATS)])}); it begins with " \
-            f"{', '.join(list(tensors)[:3]) or 'nothing'}"
-        raise CheckpointError(f"{path} is {reason}")
-    renamed = {}
-    for key, tensor in tensors.items():
-        name = next((re.sub(f"^{pattern}", ours, key) for pattern, ours in layout.rules if re.match(pattern, key)), key)
-        if ".attn.kv." in name:
-            pieces = {name.replace(".kv.", ".k."): tensor[:len(tensor) // 2], name.replace(".kv.", ".v."): tensor[len(tensor) // 2:]} if tensor.ndim else {}
-        else:
-            pieces = {} if name.startswith("-") else {name: tensor}
-        doubles = [name for name in pieces if name in renamed]
-        if doubles:
-            raise CheckpointError(f"{path} holds two tensors for {doubles[0]}, the second is {key}")
-        renamed |= pieces
-    return layout, renamed, dropped
+def describe_damage(error):
+    """What an exception of the reader says about the file, in words."""
+    for sign in ("Unsupported global", "Unsupported class", "GLOBAL"):
+        if sign in str(error):
+            return "it holds more than tensors and plain values, perhaps code, and is not run"
+    return "it is damaged or of another kind; nothing in it was run"
 
 
-def find_variant(tensors, path):
-    """-> "b0".."b5" by the widths and depths of the tensors' shapes (a bare B1 encoder is told from B2 by its depths)."""
-    dims = tuple(tensors[key].shape[:1].numel() for i in range(4) if (key := f"stages.{i}.patch_embed.proj.weight") in tensors)
-    depths = tuple(sum(f"stages.{i}.blocks.{j}.norm1.weight" in tensors for j in range(64)) for i in range(4))
-    for variant, size in SIZES.items():
-        if (size["dims"], size["depths"]) == (dims, depths):
-            return variant
-    raise CheckpointError(f"{path} is no SegFormer B0-B5, or not all of one: its stage widths are {dims} and its depths {depths}")
+def check_own(content, path):
+    """Raise CheckpointError for a checkpoint of this project that does not say what it is."""
+    check_tensors(content.get("model"), os.path.getsize(path), path)
+    variant = content.get("variant")
+    if not isinstance(variant, str) or variant not in SIZES:
+        raise CheckpointError(f"{path} is of a SegFormer {variant!r}, which is not in model.SIZES")
+    norm = content.get("norm")
+    if not isinstance(norm, str) or norm not in NORMS:
+        raise CheckpointError(
+            f"{path} was trained with norm {norm!r}, which is not in model.NORMS")
+    if not isinstance(content.get("layer_norm_eps"), list):
+        raise CheckpointError(f"{path} is damaged: it has no layer_norm_eps")
 
 
-def load_tensors(model, tensors, expected, path):
-    """Copy `tensors` into `model`; only names under the prefixes `expected` may be new. -> "loaded/all"."""
+def check_tensors(tensors, file_size, path):
+    """Raise CheckpointError where `tensors` is not {name: plain tensor}, or is larger than its file
+    (a view can claim any size)."""
+    if not isinstance(tensors, dict):
+        named = False
+    else:
+        named = all(isinstance(name, str) and is_plain(t) for name, t in tensors.items())
+    if not named:
+        raise CheckpointError(f"{path} is not a checkpoint of a SegFormer: "
+                              f"it holds other things than named tensors")
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > file_size:
+        raise CheckpointError(f"{path} is damaged: its tensors claim more bytes than the file has")
+
+
+def is_plain(tensor):
+    """A dense tensor in memory that is what it says: strided, real, not quantised, on the CPU."""
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return not tensor.is_quantized and not tensor.is_complex()
+
+
+def count_classes(tensors, path):
+    """-> the outputs of the checkpoint's head; None for an encoder without a decoder."""
+    head = tensors.get("decoder.classifier.weight")
+    if head is None:
+        if any(name.startswith("decoder.") for name in tensors):
+            raise CheckpointError(
+                f"{path} is not whole: it has parts of a decoder, but no classifier")
+        return None
+    if head.ndim == 0 or len(head) == 0:
+        raise CheckpointError(f"{path} has a head without classes")
+    return len(head)
+
+
+def decoder_width(tensors):
+    """-> the decoder's D; None, for the published one, where the file does not tell it."""
+    fuse = tensors.get("decoder.fuse.weight")
+    if fuse is None or fuse.ndim != 4 or not 0 < len(fuse) <= MAX_WIDTH:
+        return None
+    return len(fuse)
+
+
+def load_tensors(model, tensors, new_part, path):
+    """Copy `tensors` into `model`. -> "loaded/all"
+
+    new_part: the names that begin with it stay fresh in the model, and are left out of the file
+    Raises CheckpointError where the names or shapes are not the model's.
+    """
+    def is_new(name):
+        return new_part is not None and name.startswith(new_part)
+
+    def is_optional(name):
+        return name in ("mean", "std") or name.endswith("num_batches_tracked")
+
     own = model.state_dict()
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(expected)}
-    optional = [name for name in own if name in ("mean", "std") or name.endswith("num_batches_tracked")]
-    missing = [name for name in own if name not in tensors and name not in optional and not name.startswith(expected)]
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_new(name)}
+    weights = [name for name in own if not is_optional(name)]
+    lacking = [name for name in weights if name not in tensors and not is_new(name)]
     unknown = [name for name in tensors if name not in own]
-    shapes = [name for name in tensors if name in own and own[name].shape != tensors[name].shape]
-    for what, names in (("lacks", missing), ("has unknown", unknown), ("has wrong shapes for", shapes)):
+    known = [name for name in tensors if name in own]
+    misshapen = [name for name in known if own[name].shape != tensors[name].shape]
+    complaints = {"lacks": lacking, "has unknown": unknown, "has wrong shapes for": misshapen}
+    for complaint, names in complaints.items():
         if names:
-            raise CheckpointError(f"{path} is not this network: it {what} {len(names)} tensors, first {', '.join(names[:5])}")
+            first = ", ".join(names[:5])
+            raise CheckpointError(f"{path} is not this network: "
+                                  f"it {complaint} {len(names)} tensors, first {first}")
     model.load_state_dict(tensors, strict=False)
-    weights = [name for name in own if name not in optional]
-    return f"{sum(name in tensors for name in weights)}/{len(weights)}"
+    loaded = [name for name in weights if name in tensors]
+    return f"{len(loaded)}/{len(weights)}"
+
+
+def set_extras(model, content, file_classes, path):
+    """Set what a checkpoint carries beside the weights.
+
+    `layer_norm_eps` is a list, a number for all LayerNorms, or None: as they are. Raises
+    CheckpointError where something does not fit the network.
+    """
+    norms = layer_norms(model)
+    epsilons = content.get("layer_norm_eps")
+    if epsilons is None:
+        epsilons = [norm.eps for norm in norms]
+    elif isinstance(epsilons, float):
+        epsilons = [epsilons] * len(norms)
+    names = content.get("classes")
+    palette = content.get("palette")
+    size = content.get("input_size")
+    fits = (len(epsilons) == len(norms)
+            and all(isinstance(eps, float) and eps > 0 for eps in epsilons)
+            and is_image_size(size)
+            and is_list_of(names, file_classes)
+            and is_list_of(palette, file_classes))
+    if not fits:
+        raise CheckpointError(f"{path} is damaged: its layer_norm_eps, input_size, classes or "
+                              f"palette do not fit its network")
+    for norm, eps in zip(norms, epsilons, strict=True):
+        norm.eps = eps
+    model.input_size = size
+    model.trained_on = content.get("trained_on")
+    if file_classes == model.num_classes:
+        model.classes = names
+        model.palette = palette
+
+
+def is_image_size(value):
+    """None, or an (H, W) that the network takes."""
+    if value is None:
+        return True
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    return all(isinstance(n, int) and n >= SMALLEST for n in value)
+
+
+def is_list_of(value, count):
+    """None, or a list with `count` entries."""
+    return value is None or (isinstance(value, list) and len(value) == count)
+
+
+def describe_normalisation(model):
+    """What the model does to images in [0, 1], in words."""
+    mean = model.mean.flatten()
+    std = model.std.flatten()
+
+    def are(means, stds):
+        expected = torch.tensor([*means, *stds])
+        return torch.allclose(torch.cat([mean, std]), expected, rtol=0, atol=1e-4)
+
+    if are(MEAN, STD):
+        return "ImageNet mean/std"
+    if are((0., 0., 0.), (1., 1., 1.)):
+        return "no mean/std"
+    rounded_mean = [round(value, 3) for value in mean.tolist()]
+    rounded_std = [round(value, 3) for value in std.tolist()]
+    return f"mean {rounded_mean}, std {rounded_std}"

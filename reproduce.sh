@@ -1,51 +1,98 @@
 #!/usr/bin/env bash
-# Every run behind the README's CamVid tables, a line each. What was done here is skipped, what was cut short goes on.
+# Every run behind the CamVid tables of docs/RESULTS.md, a line each. What was done here is skipped,
+# what was cut short goes on.
 #
 #   DATA=camvid:DIR ./reproduce.sh short              all rows: hours on 2 CPU cores
-#   DATA=camvid:DIR ./reproduce.sh full               the same rows at 40,000 steps and 3 seeds: for a GPU
-#   DATA=camvid:DIR ./reproduce.sh short b0 b0-kd     these rows only, and before b0-kd its teacher
-#   python tables.py                                  makes the README's tables and figures of what is there
+#   DATA=camvid:DIR ./reproduce.sh full               40,000 steps and 3 seeds: for a GPU
+#   DATA=camvid:DIR ./reproduce.sh short b0 b0-kd     these rows, and before b0-kd its teacher
+#   python -m extras.paper_tables --figures           the tables and figures of what is there
 #
-# Before it: SEEDS="0 1 2"; TEACHER=1, to learn from the teacher of that seed (0); AMP=bf16, off or fp16 (train.py's auto).
+# Before it may stand
+#   SEEDS="0 1 2"
+#   TEACHER=1                           learn from the teacher of that seed (0)
+#   AMP=bf16                            or off, or fp16 (train.py's auto: fp16 on CUDA, else off)
+#   FLAGS="--cache DIR --workers 8"     more flags of train.py, for every row
+#   STEPS=2                             of every run: to try this script
 #
-# A row trains in runs/camvid-SCHEDULE/ROW-SEED (weights) and leaves log, recipe and scores in results/camvid-SCHEDULE/ROW/SEED,
-# in place of those of ours that are there: git diff shows how yours differ.
-# Nothing is selected: the last checkpoint is scored, once, on the 233 test frames (in the study: on the held-out fold).
+# A row trains in runs/camvid-SCHEDULE/ROW-SEED (weights) and leaves log, recipe and scores in
+# results/camvid-SCHEDULE/ROW/SEED, in place of those of ours that are there: git diff shows how
+# yours differ. Nothing is selected: the last checkpoint is scored, once, on the 233 test frames
+# (in the study: on the held-out fold).
 set -euo pipefail
 case ${1:-} in
-  short) teacher=3000 student=600 long=3000 study_teacher=600 study=400 every=5 seeds=${SEEDS:-0} ;;
-  full) teacher=40000 student=40000 long=80000 study_teacher=40000 study=40000 every=40 seeds=${SEEDS:-0 1 2} ;;
-  *) sed -n '2,/^set/{/^#/p}' "$0"; exit 2 ;;
+  short)
+    teacher=3000 student=600 long=3000 study_teacher=600 study=400
+    every=5                             # validations in a run
+    seeds=${SEEDS:-0}
+    ;;
+  full)
+    teacher=40000 student=40000 long=80000 study_teacher=40000 study=40000
+    every=40
+    seeds=${SEEDS:-0 1 2}
+    ;;
+  *)
+    sed -n '2,/^set/{/^#/p}' "$0"
+    exit 2
+    ;;
 esac
-[[ -z ${STEPS:-} ]] || teacher=$STEPS student=$STEPS long=$STEPS study_teacher=$STEPS study=$STEPS every=1       # STEPS=2: to try this script
-schedule=$1; shift; wanted=" $* "
+if [[ -n ${STEPS:-} ]]; then
+  teacher=$STEPS student=$STEPS long=$STEPS study_teacher=$STEPS study=$STEPS
+  every=1
+fi
+schedule=$1
+shift
+wanted=" $* "
 : "${DATA:?say where CamVid is: DATA=camvid:DIR $0 $schedule}"
-teachers=                                                                         # a line each: NAME STEPS FLAGS
+teachers=                               # a line each: NAME STEPS FLAGS
 
 row() {  # NAME STEPS FLAGS
-  [[ $wanted != "  " && $wanted != *" $1 "* ]] || run "$@"
+  if [[ $wanted == "  " || $wanted == *" $1 "* ]]; then
+    run "$@"
+  fi
 }
 
-teacher_row() {  # NAME STEPS FLAGS: a row that others learn from; it is run before the first of them, wanted or not
+teacher_row() {  # NAME STEPS FLAGS: run before the first row that learns from it, wanted or not
   teachers+="$*"$'\n'
   seeds=${TEACHER:-0} row "$@"
 }
 
 run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small files
-  local name=$1 steps=$2 seed; shift 2
+  local name=$1 steps=$2 seed
+  shift 2
   for seed in $seeds; do
-    local run=runs/camvid-$schedule/$name-$seed out=results/camvid-$schedule/$name/$seed held_out=(--split test)
-    cmp -s "$run/scores.csv" "$out/scores.csv" && continue                        # the results are of the run that is here
-    [[ ! " $* " =~ " --teacher runs/camvid-$schedule/"([^/]+)-[0-9]+/ ]] || seeds=${TEACHER:-0} run $(grep "^${BASH_REMATCH[1]} " <<<"$teachers")
-    [[ " $* " != *" --fold "* ]] || held_out=(--split val "${@:$#-3:4}")          # the study's flags end with --fold N --fold-by HOW
+    local run=runs/camvid-$schedule/$name-$seed
+    local out=results/camvid-$schedule/$name/$seed
+    if cmp -s "$run/scores.csv" "$out/scores.csv"; then
+      continue                          # the results are of the run that is here
+    fi
+    if [[ " $* " =~ " --teacher runs/camvid-$schedule/"([^/]+)-[0-9]+/ ]]; then
+      seeds=${TEACHER:-0} run $(grep "^${BASH_REMATCH[1]} " <<<"$teachers")
+    fi
     mkdir -p "$out"
-    if [[ -e $run/last.pth ]]; then python train.py --resume --out "$run"
-    else python train.py --data "$DATA" --iters "$steps" --eval-every $((steps / every)) --amp "${AMP:-auto}" --seed "$seed" --out "$run" "$@"; fi
-    [[ $(tail -n1 "$run/log.csv") == "$steps,"* ]] || { echo "error: $run was stopped before step $steps: run this again, and it goes on" >&2; exit 3; }
-    python eval.py "$run/last.pth" --data "$DATA" "${held_out[@]}" --json "$out/test.json"
-    [[ ${held_out[1]} == val ]] || python eval.py "$run/last.pth" --data "$DATA" "${held_out[@]}" --quarter --json "$out/quarter.json"
-    cp "$run"/{log.csv,recipe.json,scores.csv} "$out"                             # scores.csv last: it says that all is there
+    if [[ -e $run/last.pth ]]; then
+      python train.py --resume --out "$run"
+    else
+      python train.py --data "$DATA" --iters "$steps" --eval-every $((steps / every)) \
+        --amp "${AMP:-auto}" --seed "$seed" --out "$run" "$@" ${FLAGS:-}
+    fi
+    if [[ $(tail -n1 "$run/log.csv") != "$steps,"* ]]; then
+      echo "error: $run was stopped before step $steps: run this again, and it goes on" >&2
+      exit 3
+    fi
+    if [[ " $* " == *" --fold "* ]]; then
+      local fold=("${@:$#-3:4}")        # the study's flags end with --fold N --fold-by HOW
+      score "$run" --split val "${fold[@]}" --json "$out/test.json"
+    else
+      score "$run" --split test --json "$out/test.json"
+      score "$run" --split test --quarter --json "$out/quarter.json"
+    fi
+    # scores.csv last: it says that all is there
+    cp "$run"/{log.csv,recipe.json,scores.csv} "$out"
   done
+}
+
+score() {  # RUN FLAGS
+  python eval.py "$1/last.pth" --data "$DATA" "${@:2}"
 }
 
 # The paper's Table 2, on the official split
@@ -61,7 +108,8 @@ row b0-pe       "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 1
 row b0-dyt-fd   "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt
 row b0-kl-1     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 1
 row b0-kl-4     "$student" "${T[@]}" --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 4
-row b0-all      "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lambda-kl 1 --temperature 4 --loss dice-focal --norm dyt-dyl
+row b0-all      "$student" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lambda-kl 1 --temperature 4 \
+                --loss dice-focal --norm dyt-dyl
 
 # Is it only the learning rate? The baseline and what paid, from half the rate to eight times
 for lr in 3e-4 1.2e-3 2.4e-3 4.8e-3; do
@@ -77,7 +125,8 @@ row b0-kd-long      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1
 row b0-dyt-long     "$long" --student b0 --norm dyt
 row b0-dyt-fd-long  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt
 
-# Longer at the best rates by val that the short schedule has, from the same teacher; then from a teacher with what paid
+# Longer, at the rates that were best on val at the short schedule, from the same teacher; then from
+# a teacher with DyT, at a rate that was taken over from B0, not searched
 row b0-tuned         "$long" --student b0 --lr 1.2e-3
 row b0-kd-tuned      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr 2.4e-3
 row b0-dyt-tuned     "$long" --student b0 --norm dyt --lr 1.2e-3
@@ -87,11 +136,12 @@ T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-${TEACHER:-0}/last.pth
 row b0-dyt-fd-b2-tuned "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 2.4e-3
 
 # The CamVid KL study: 2 folds, by whole drives and, to show the leak, by shuffled frames
-every=$((every > 2 ? every / 2 : 1))                                                         # the held-out fold is half of CamVid: looked at less often
+every=$((every > 2 ? every / 2 : 1))    # the held-out fold is half of CamVid: looked at less often
 for by in drive shuffle; do
   for fold in 0 1; do
     F=(--fold "$fold" --fold-by "$by")
-    T=(--student b0 --teacher "runs/camvid-$schedule/study-$by-$fold-b2-${TEACHER:-0}/last.pth" --lambda-fd 0 --lambda-pe 0 --temperature 4)
+    T=(--student b0 --teacher "runs/camvid-$schedule/study-$by-$fold-b2-${TEACHER:-0}/last.pth"
+       --lambda-fd 0 --lambda-pe 0 --temperature 4)
     teacher_row "study-$by-$fold-b2"      "$study_teacher" --student b2 "${F[@]}"
     seeds=0 row "study-$by-$fold-b0"      "$study" --student b0 "${F[@]}"
     seeds=0 row "study-$by-$fold-kl-1.0"  "$study" "${T[@]}" --lambda-kl 1.0 "${F[@]}"

@@ -1,21 +1,35 @@
 """Train a SegFormer, with or without a teacher.
 
-    python train.py --student b2 --out runs/teacher                                         # 1. a teacher: a plain run
-    python train.py --student b0 --teacher b2.pth --lambda-fd 1 --lambda-pe 1               # 2. distil it (CSKD + PEKD)
-    python train.py --student b0 --loss dice-focal                                          # EffiSeg's refined loss
-    python train.py --student b0 --norm dyt-dyl                                             # EffiSeg's norms
-    python train.py --student b0 --init mit_b0.pth                                          # from an ImageNet encoder
-    python train.py --student b0 --teacher b2.pth --data camvid:DIR --lambda-kl 1 --temperature 4 --lambda-fd 0 --lambda-pe 0
-    torchrun --nproc-per-node 2 train.py ...                                                # several GPUs or processes
-    python train.py --resume                                                                # go on where it stopped
+    python train.py --student b2 --out runs/teacher                    # 1. a teacher: a plain run
+    python train.py --student b0 --teacher b2.pth \\
+                    --lambda-fd 1 --lambda-pe 1                        # 2. distil it: CSKD, PEKD
+    python train.py --student b0 --loss dice-focal                     # EffiSeg's refined loss
+    python train.py --student b0 --norm dyt-dyl                        # EffiSeg's norms
+    python train.py --student b0 --init mit_b0.pth                     # from an ImageNet encoder
+    python train.py --student b0 --teacher b2.pth --data camvid:DIR \\
+                    --lambda-fd 0 --lambda-pe 0 --lambda-kl 1 --temperature 4
+    torchrun --nproc-per-node 2 train.py ...                           # several GPUs
+    python train.py --resume                                           # go on where it stopped
+
+or from Python, with the same flags:
+
+    from train import train
+    result = train(student="b0", teacher="b2.pth", data="camvid:DIR", iters=300)
+    print(result.scores["miou"], result.folder)
 
 Without --data it trains on toy scenes that are drawn on the fly. The loss is eq. 9 of the paper,
 
-    total = supervision + lambda_KL KL + lambda_FD sum_stages CSKD + lambda_PE PEKD,        supervision = WCE, or eq. 14
+    total = supervision + lambda_KL KL + lambda_FD sum_stages CSKD + lambda_PE PEKD,
 
-A run writes to --out: best.pth (by mIoU on the validation split), last.pth (with all that --resume needs), log.csv (every
-loss term of every step), scores.csv, recipe.json, pictures.png (see run.py). Every random number of step n is a function of
-(seed, n), so a resumed run is the run that was never stopped.
+with the supervision WCE (eq. 3), or Dice-Focal (eq. 14) with --loss dice-focal.
+
+A run writes to --out: best.pth (by mIoU on the validation split), last.pth (with all that --resume
+needs), log.csv (every loss term of every step), scores.csv, recipe.json, pictures.png: see
+extras/run_folder.py. Every random number of step n is a function of (seed, n), so a resumed run is
+the run that was never stopped.
+
+Reading order: TERMS (what the loss is made of), Objective, train_step, run_training (the loop).
+What they need is prepared in `prepare`; what they write and print is in extras/.
 
 References
   Kim et al., EffiSeg, 2025: the losses (section 3.2-3.3) and the defaults (section 4.3)
@@ -24,12 +38,14 @@ References
 
 import argparse
 import contextlib
-import json
 import math
 import os
-import platform
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,652 +53,774 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import CITYSCAPES, IGNORE, Augment, DatasetError, Stream, open_dataset, pixel_counts
-from eval import (HALF, MISTAKES, NotFinite, UsageError, check_classes, draw_comparison, evaluate, keep_freed_memory, other_classes,
-                  pick_device, scores, show_progress, table, warn_of_leak)
-from losses import (Projections, class_weights, cskd, dice_loss, focal_loss, kl_distillation, pekd, weighted_cross_entropy)
-from model import NORMS, SIZES, SMALLEST, Features, load_checkpoint, save_checkpoint, segformer
-from run import (Board, Log, Stop, Stopped, choose_folder, deaf_worker, find_run, git_commit, rank, restarted, save_last, spread,
-                 summary_writer)
+from eval import evaluate, scores
+from extras.cli import (
+    AMP_DTYPES,
+    NotFinite,
+    UsageError,
+    keep_freed_memory,
+    run_command,
+    show_progress,
+)
+from extras.distributed import (
+    all_reduce,
+    broadcast_buffers,
+    explain_lost_process,
+    join_processes,
+    leave,
+    rank,
+    world_size,
+)
+from extras.provenance import check_classes, other_classes, warn_of_leak
+from extras.run_folder import (
+    Board,
+    Stop,
+    check_reads_back,
+    check_schedule,
+    find_run,
+    ignore_signals,
+    is_restart_of,
+    merge_resumed_flags,
+    new_progress,
+    restore,
+    save,
+    stopped,
+    summary_writer,
+)
+from extras.run_report import (
+    LossLog,
+    ScoreLog,
+    advice,
+    finish,
+    held_out,
+    open_run_folder,
+)
+from extras.train_flags import NOT_NEGATIVE, POSITIVE, TrainFlags
+from losses import (
+    Projections,
+    class_weights,
+    cskd,
+    dice_loss,
+    focal_loss,
+    kl_distillation,
+    pekd,
+    weighted_cross_entropy,
+)
+from model import NORMS, SIZES, Features, load_checkpoint, save_checkpoint, segformer
 
-# The paper's defaults (section 4.3; clipping at 1 and no weight decay are its trainer's), then what suits each data set.
-PAPER = dict(student="b0", init=None, teacher=None, data="toy", epochs=200, batch_size=2, accum=1, crop=[512, 1024], scale_range=[0.5, 2.0],
-             augment="segformer", lr=6e-4, weight_decay=0.0, warmup=0.05, grad_clip=1.0, norm="ln", loss="wce", lambda_dice=0.5,
-             temperature=1.0, lambda_m=1.0, lambda_s=0.5, fold=None, folds=2, fold_by=None, amp="auto", seed=0,
-             device="auto")
-SUITS = {
-    "toy": dict(iters=300, batch_size=4, crop=[96, 192], scale_range=[0.75, 1.5], eval_every=100),
-    "camvid": dict(iters=40_000, batch_size=4, crop=[288, 288], eval_every=1000),
-    "cityscapes": dict(augment="plain"),
-    "folder": dict(crop=[512, 512]),
+# The paper's (section 4.3; clipping at 1 and no weight decay are its trainer's), then what suits
+# each data set.
+DEFAULTS = {
+    "student": "b0",
+    "data": "toy",
+    "epochs": 200,
+    "batch_size": 2,
+    "accum": 1,
+    "crop": [512, 1024],
+    "scale_range": [0.5, 2.0],
+    "augment": "segformer",
+    "lr": 6e-4,
+    "weight_decay": 0.0,
+    "warmup": 0.05,
+    "grad_clip": 1.0,
+    "norm": "ln",
+    "loss": "wce",
+    "lambda_dice": 0.5,
+    "folds": 2,
+    "amp": "auto",
+    "workers": min(4, os.cpu_count() or 1),
+    "seed": 0,
+    "device": "auto",
 }
-MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every", "tensorboard", "cache", "compile")      # on resume; the rest is the experiment
-SKIPS = 20                                                        # steps that fp16's scaler may leave out in a row
-REPORT_EVERY = 20                                                 # steps between two reads of the losses from the device
+DATASET_DEFAULTS = {
+    "toy": {
+        "iters": 300,
+        "batch_size": 4,
+        "crop": [96, 192],
+        "scale_range": [0.75, 1.5],
+        "lr": 4.8e-3,
+        "eval_every": 100,
+    },
+    "camvid": {
+        "iters": 40_000,
+        "batch_size": 4,
+        "crop": [288, 288],
+        "eval_every": 1000,
+    },
+    "cityscapes": {"augment": "plain"},
+    "folder": {"crop": [512, 512]},
+}
 
 
-# ---------------------------------------------------------------- the objective
+# ------------------------------ the loss terms: a new one is added here, and only here
+
+class Outputs(NamedTuple):
+    """What the loss terms of one forward pass are computed from."""
+    student: Features
+    teacher: Features | None                           # None without one; logits None if not read
+    stages: list | None                                # the student's, projected to the teacher's
+    patch_embeds: list | None                          # the same of its patch embeddings
+    labels: torch.Tensor                               # (B, H, W)
+    class_weight: torch.Tensor                         # (C,)
+    args: argparse.Namespace
+
+
+def wce_term(outputs):
+    return weighted_cross_entropy(outputs.student.logits, outputs.labels, outputs.class_weight)
+
+
+def dice_term(outputs):
+    return dice_loss(outputs.student.logits, outputs.labels)
+
+
+def focal_term(outputs):
+    return focal_loss(outputs.student.logits, outputs.labels, outputs.class_weight)
+
+
+def kl_term(outputs):
+    student, teacher = outputs.student.logits, outputs.teacher.logits
+    return kl_distillation(student, teacher, outputs.args.temperature, outputs.labels)
+
+
+def fd_term(outputs):
+    args = outputs.args
+    total = 0
+    for student, teacher in zip(outputs.stages, outputs.teacher.stages, strict=True):
+        total = total + cskd(student, teacher, args.lambda_m, args.lambda_s)
+    return total
+
+
+def pe_term(outputs):
+    return pekd(outputs.patch_embeds, outputs.teacher.patch_embeds)
+
+
+class Option(NamedTuple):
+    """A flag that only one loss term reads."""
+    name: str
+    type: Callable
+    default: float
+    help: str
+
+
+class Term(NamedTuple):
+    """A term of the loss: its flag (if it is of distillation), checks and log column follow."""
+    name: str                                          # its column; its flag is --lambda-NAME
+    compute: Callable                                  # compute(Outputs) -> scalar
+    mean_over: str                                     # "class weights", "pixels" or "images"
+    teacher_reads: str | None = None                   # "logits", "stages" or "patch_embeds"
+    default: float = 0.0                               # its weight where there is a teacher
+    help: str = ""
+    options: tuple = ()                                # of Option
+
+    @property
+    def weight_name(self):
+        """Where args has a distillation term's weight: lambda_kl, from --lambda-kl."""
+        return f"lambda_{self.name}"
+
+
+SUPERVISION = (
+    Term("wce", wce_term, mean_over="class weights"),
+    Term("dice", dice_term, mean_over="images"),
+    Term("focal", focal_term, mean_over="pixels"),
+)
+DISTILLATION = (
+    Term("kl", kl_term, mean_over="pixels", teacher_reads="logits",
+         help="weight of KL distillation (default: 0)",
+         options=(Option("temperature", POSITIVE, 1.0, "of KL distillation"),)),
+    Term("fd", fd_term, mean_over="images", teacher_reads="stages", default=1.0,
+         help="weight of CSKD on the stages (default: 1 with a teacher)",
+         options=(Option("lambda_m", NOT_NEGATIVE, 1.0, "weight of CSKD's guided squared error"),
+                  Option("lambda_s", NOT_NEGATIVE, 0.5, "weight of CSKD's cosines"))),
+    Term("pe", pe_term, mean_over="images", teacher_reads="patch_embeds", default=1.0,
+         help="weight of PEKD on the patch embeddings (default: 1 with a teacher)"),
+)
+TERMS = {term.name: term for term in (*SUPERVISION, *DISTILLATION)}
+
 
 def loss_weights(args):
-    """{term: its weight in the total}, eq. 9 and 14; terms of weight 0 are not computed."""
-    supervision = {"wce": 1.0} if args.loss == "wce" else {"dice": args.lambda_dice, "focal": 1 - args.lambda_dice}
-    distillation = {"kl": args.lambda_kl, "fd": args.lambda_fd, "pe": args.lambda_pe} if args.teacher else {}
-    return {term: weight for term, weight in (supervision | distillation).items() if weight}
+    """{term: its weight in the total}, eq. 9 and 14. A term of weight 0 is not computed."""
+    if args.loss == "wce":
+        weights = {"wce": 1.0}
+    else:
+        weights = {"dice": args.lambda_dice, "focal": 1 - args.lambda_dice}
+    if args.teacher:
+        for term in DISTILLATION:
+            weights[term.name] = getattr(args, term.weight_name)
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 class Objective(nn.Module):
-    """The student, the projections to its teacher's widths, and the loss terms: all that is trained, in one module."""
+    """All that is trained, in one module: the student, and the projections to its teacher's widths.
+
+    Called, it computes the loss terms.
+    """
 
     def __init__(self, student, projections, args, class_weight):
         super().__init__()
-        self.student, self.projections, self.args = student, projections, args
+        self.student = student
+        self.projections = projections                            # None without a teacher
+        self.args = args
         self.weights = loss_weights(args)
+        self.teacher_parts = {TERMS[name].teacher_reads for name in self.weights}
         self.register_buffer("class_weight", class_weight)
-        if projections is not None:                               # what no loss uses gets no gradient: it is not trained
-            projections.stages.requires_grad_("fd" in self.weights)
-            projections.patch_embeds.requires_grad_("pe" in self.weights)
+        if projections is not None:
+            # What no loss reads gets no gradient: it is not trained.
+            projections.stages.requires_grad_("stages" in self.teacher_parts)
+            projections.patch_embeds.requires_grad_("patch_embeds" in self.teacher_parts)
 
-    def forward(self, images, labels, target=None):
+    def forward(self, images, labels, teacher=None):
         """Images (B, 3, H, W), labels (B, H, W), the teacher's Features -> {term: scalar}."""
-        args, own = self.args, self.student.features(images)
-        if "fd" in self.weights or "pe" in self.weights:
-            stages, patch_embeds = self.projections(own.stages, own.patch_embeds)
-        formulas = {
-            "wce": lambda: weighted_cross_entropy(own.logits, labels, self.class_weight),
-            "dice": lambda: dice_loss(own.logits, labels),
-            "focal": lambda: focal_loss(own.logits, labels, self.class_weight),
-            "kl": lambda: kl_distillation(own.logits, target.logits, args.temperature, labels),
-            "fd": lambda: sum(cskd(s, t, args.lambda_m, args.lambda_s) for s, t in zip(stages, target.stages)),
-            "pe": lambda: pekd(patch_embeds, target.patch_embeds),
-        }
-        return {term: formulas[term]() for term in self.weights}
+        student = self.student.features(images)
+        stages, patch_embeds = None, None
+        if "stages" in self.teacher_parts or "patch_embeds" in self.teacher_parts:
+            stages, patch_embeds = self.projections(student.stages, student.patch_embeds)
+        outputs = Outputs(
+            student, teacher, stages, patch_embeds, labels, self.class_weight, self.args)
+        return {name: TERMS[name].compute(outputs) for name in self.weights}
 
 
-def shares(labels, class_weight, terms):
-    """What each term's mean is taken over, in this part of the batch -> {term: scalar}.
+@torch.no_grad()
+def teacher_features(teacher, images, parts):
+    """-> the teacher's Features, or None without a teacher.
 
-    A mean over labelled pixels must stay one when the batch is cut into parts (--accum, torchrun): the mean of the parts'
-    means would let a pixel in a half-void part count double. Weighted by these shares, the parts add up to the whole.
+    Its decoder runs only if "logits" are among `parts`.
+    """
+    if teacher is None:
+        return None
+    if "logits" in parts:
+        return teacher.features(images)
+    stages, patch_embeds = teacher.encode(images)
+    return Features(None, stages, patch_embeds)
+
+
+# ------------------------------ the run, and one step of it
+
+@dataclass
+class Run:
+    """All that a training run holds."""
+    args: argparse.Namespace
+    device: torch.device
+    objective: Objective                               # student, projections and loss terms
+    teacher: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler                       # does something in fp16 only
+    parallel: nn.Module                                # the objective; under torchrun, inside DDP
+    train_set: object = None
+    val_set: object = None
+    total_batch: int = 0                               # images of a step, over all processes
+    start: int = 0                                     # steps that were done before
+    progress: dict | None = None                       # see run_folder.new_progress
+    folder: Path | None = None
+    batches: object = None                             # iterator over the rest of the stream
+    loss_log: LossLog | None = None
+    score_log: ScoreLog | None = None
+    board: Board | None = None
+
+    @property
+    def student(self):
+        return self.objective.student
+
+    def autocast(self):
+        """Mixed precision as --amp says; nothing when it is off."""
+        dtype = AMP_DTYPES.get(self.args.amp)
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def train_step(run, images, labels):
+    """One optimizer step on this process's part of the batch, in --accum pieces.
+
+    images (B, 3, H, W) in [0, 1], labels (B, H, W) -> the terms' values and the gradient's norm
+    before clipping, (terms + 1,).
+
+    Raises NotFinite on a CPU before a broken gradient reaches the weights. On a GPU to look would
+    be to wait in every step, so there it is found in the norm, some steps later.
+    """
+    objective = run.objective
+    weights = list(objective.weights.values())
+    weights = torch.tensor(weights, device=images.device)               # (terms,)
+    pieces = list(zip(images.chunk(run.args.accum), labels.chunk(run.args.accum), strict=True))
+    parts = [loss_denominators(label, objective) for _, label in pieces]
+    parts = torch.stack(parts)                                          # (accum, terms)
+    tiny = torch.finfo(torch.float32).tiny                              # not 0 / 0 if all is void
+    whole = all_reduce(parts.sum(0)).clamp(min=tiny)                    # (terms,)
+
+    values = torch.zeros_like(weights)                                  # (terms,)
+    for i, (image, label) in enumerate(pieces):
+        with gradient_exchange(run.parallel, is_last=i == len(pieces) - 1):
+            with run.autocast():
+                # The teacher's maps get no name here, so that they go while the losses' gradients
+                # are computed.
+                terms = run.parallel(
+                    image, label, teacher_features(run.teacher, image, objective.teacher_parts))
+            terms = torch.stack(list(terms.values())) * parts[i] / whole        # (terms,)
+            # Times the processes, since DistributedDataParallel takes the mean of their gradients.
+            loss = (weights * terms).sum() * world_size()
+            run.scaler.scale(loss).backward()
+        values += terms.detach()
+
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(objective.parameters(), run.args.grad_clip or math.inf)
+    if norm.device.type == "cpu" and not run.scaler.is_enabled() and not norm.isfinite():
+        raise NotFinite(find_nonfinite_terms(run, pieces))
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return torch.cat([all_reduce(values), norm[None]])
+
+
+def loss_denominators(labels, objective):
+    """What each term's mean is taken over, in this part of the batch. labels (B, H, W) -> (terms,).
+
+    A mean over labelled pixels must stay one when the batch is cut into parts (--accum, torchrun):
+    the mean of the parts' means would let a pixel in a half-void part count double. Weighted by
+    these numbers, the parts add up to the whole.
     """
     valid = labels != IGNORE
-    weighted = class_weight[labels[valid].long()].sum()
-    over = {"wce": weighted, "focal": valid.sum(), "kl": valid.sum()}              # the others: the parts are equally large
-    return torch.stack([over.get(term, torch.ones_like(weighted)).float() for term in terms])
+    weight_of_pixels = objective.class_weight[labels[valid].long()].sum()
+    denominators = {
+        "class weights": weight_of_pixels,
+        "pixels": valid.sum(),
+        "images": torch.ones_like(weight_of_pixels),              # the parts are equally large
+    }
+    return torch.stack([denominators[TERMS[name].mean_over].float() for name in objective.weights])
+
+
+def gradient_exchange(parallel, is_last):
+    """Under torchrun gradients are exchanged once a step: in its last piece's backward pass."""
+    if is_last or not isinstance(parallel, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return parallel.no_sync()
+
+
+def find_nonfinite_terms(run, pieces):
+    """Which terms, or gradients of terms, are not finite? Each is computed alone. -> words"""
+    trained = [parameter for parameter in run.objective.parameters() if parameter.requires_grad]
+    found = {}
+    for image, label in pieces:
+        with run.autocast():
+            target = teacher_features(run.teacher, image, {"logits"})
+            terms = run.objective(image, label, target)
+        for name, value in terms.items():
+            if not value.isfinite():
+                found[name] = f"{name} is {value.item()}"
+                continue
+            gradients = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
+            used = [gradient for gradient in gradients if gradient is not None]
+            if not all(gradient.isfinite().all() for gradient in used):
+                found.setdefault(name, f"the gradient of {name} is not finite")
+    return " and ".join(found.values()) or "the gradient of the sum of all terms is not finite"
 
 
 def learning_rate(step, iters, peak, warmup):
-    """Linear from 0 over the first `warmup` share of the steps, then linear (polynomial of power 1) to 0."""
+    """Linear up over the first `warmup` share of the steps, then linear (poly 1) down to 0."""
     ramp = warmup * iters
     if step < ramp:
         return peak * (step + 1) / (ramp + 1)
     return peak * (iters - step) / max(iters - ramp, 1)
 
 
-def make_optimizer(objective, args, device):
-    """AdamW over every trainable parameter; decay on matrices only, not on norms and biases."""
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=args.weight_decay),
-              dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
+# ------------------------------ the loop
+
+class Result(NamedTuple):
+    """What a run ends with. Scores are those of eval.scores, fractions, on the validation split."""
+    scores: dict                                       # of the student's best checkpoint, and step
+    teacher_scores: dict | None
+    folder: Path
 
 
-def check_owned(objective, optimizer):
-    """Every trainable parameter is the optimizer's: the published code forgot its projections."""
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    forgotten = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in owned]
-    if forgotten:
-        raise RuntimeError(f"the optimizer does not own {len(forgotten)} trainable parameters, first {', '.join(forgotten[:5])}")
+def train(**flags):
+    """A run from Python, with every flag of `python train.py --help` by its name. -> Result
+
+        train(student="b0", teacher="b2.pth", data="camvid:DIR", crop=(288, 288), lambda_kl=0.5)
+        train(resume=True, out="runs/camvid-b0-kd")
+
+    Raises UsageError, DatasetError or CheckpointError for a mistake, NotFinite for a loss that
+    broke, and Stopped, after saving, for Ctrl-C.
+    """
+    argv = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        argv.append("--" + name.replace("_", "-"))
+        if isinstance(value, (list, tuple)):
+            argv += [str(item) for item in value]
+        elif value is not True:
+            argv.append(str(value))
+    return run_training(*FLAGS.parse(argv))
 
 
-def check_gradients(objective):
-    """After the first backward every trainable parameter has a gradient, or it would never move."""
-    still = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
-    if still:
-        raise RuntimeError(f"{len(still)} trainable parameters get no gradient, first {', '.join(still[:5])}")
+def run_training(args, given):
+    """The whole run, from the flags to the last table. -> Result"""
+    run = prepare(args, given)
+    with contextlib.closing(run.board), Stop() as stop:
+        for step in range(run.start, run.args.iters):
+            done = step + 1
+            lr = set_learning_rate(run, step)
+            seed_step(run.args.seed, step)
+            images, labels = next_batch(run, step, stop)
+            values = take_step(run, step, images, labels)
+            run.loss_log.add(done, lr, values)
 
+            is_validated = done % run.args.eval_every == 0 or done == run.args.iters
+            is_report_due = run.loss_log.is_full() or is_validated
+            signal_number = stop.asked(run.device, every_process=is_report_due)
+            if is_report_due or signal_number:
+                run.loss_log.flush()
+            if is_validated:
+                validate(run, done)
+            if is_validated or signal_number:
+                save(run, done)
+                run.loss_log.restart_clock()
+            if signal_number and done < run.args.iters:
+                raise stopped(signal_number, done, run.folder)
 
-# ---------------------------------------------------------------- one step
-
-@torch.no_grad()
-def ask_teacher(teacher, images, wants_logits):
-    """-> the teacher's Features, None without a teacher; no logits where no loss reads them: its decoder costs an eighth of it."""
-    if teacher is None:
-        return None
-    return teacher.features(images) if wants_logits else Features(None, *teacher.encode(images))
-
-
-def train_step(objective, teacher, optimizer, scaler, images, labels, args, cast):
-    """One optimizer step on this process's part of the batch, in --accum pieces. -> the terms' values and the gradient's norm
-    before clipping, (terms + 1,). On a CPU a gradient that is not finite is a NotFinite before it reaches the weights; on a
-    GPU that would be a wait in every step, so there the caller finds it in the norm."""
-    module = objective.module if isinstance(objective, DistributedDataParallel) else objective
-    weights = torch.tensor(list(module.weights.values()), device=images.device)
-    pieces = list(zip(images.chunk(args.accum), labels.chunk(args.accum)))
-    over = torch.stack([shares(part, module.class_weight, module.weights) for _, part in pieces])         # (accum, terms)
-    total = all_reduce(over.sum(0)).clamp(min=torch.finfo(torch.float32).tiny)                            # (terms,)
-    values = torch.zeros_like(weights)
-    for i, (image, label) in enumerate(pieces):
-        last = i == len(pieces) - 1
-        with contextlib.nullcontext() if last or objective is module else objective.no_sync():
-            with cast():
-                # the teacher's maps get no name here, so that they go while the losses' gradients are computed
-                terms = objective(image, label, ask_teacher(teacher, image, "kl" in module.weights))
-            terms = torch.stack(list(terms.values())) * over[i] / total                                   # (terms,)
-            scaler.scale((weights * terms).sum() * world_size()).backward()                               # DDP averages
-        values += terms.detach()
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip or math.inf)
-    if norm.device.type == "cpu" and not scaler.is_enabled() and not norm.isfinite():
-        raise NotFinite(blame(module, teacher, pieces, cast))
-    scaler.step(optimizer)
-    scaler.update()
-    return torch.cat([all_reduce(values), norm[None]])
-
-
-def blame(module, teacher, pieces, cast):
-    """Which terms are not finite, or have a gradient that is not? Each is computed alone, in words."""
-    found, trained = {}, [p for p in module.parameters() if p.requires_grad]
-    for image, label in pieces:
-        with cast():
-            terms = module(image, label, ask_teacher(teacher, image, True))
-        for name, value in terms.items():
-            gradients = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
-            if not value.isfinite():
-                found[name] = f"{name} is {value.item()}"
-            elif not all(gradient.isfinite().all() for gradient in gradients if gradient is not None):
-                found.setdefault(name, f"the gradient of {name} is not finite")
-    return " and ".join(found.values()) or "the gradient of the sum of all terms is not finite"
-
-
-# ---------------------------------------------------------------- several processes (torchrun)
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_reduce(tensor):
-    """Sum over all processes, in place."""
+    with no_compiling(run.args):
+        finish(run)
     if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+        dist.destroy_process_group()
+    return Result(run.progress["best_scores"], run.progress["teacher_scores"], run.folder)
 
 
-def join_processes(name):
-    """Under torchrun: join the others, one GPU each, or the CPU; only the first one speaks. -> this process's device."""
-    if "RANK" not in os.environ:
-        return pick_device(name)
-    local = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available() and name in ("auto", "cuda"):
-        if local >= torch.cuda.device_count():
-            raise UsageError(f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}")
-        torch.cuda.set_device(local)                              # before anything is allocated
-        device = torch.device("cuda", local)
-    else:
-        device = pick_device("cpu" if name == "auto" else name)   # gloo knows no MPS
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **meeting_place())
-    if rank():
-        sys.stdout = open(os.devnull, "w")
-    return device
+def no_compiling(args):
+    """The last four pictures are not worth a compilation."""
+    if args.compile:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
-def meeting_place():
-    """Where torchrun's processes meet. After a restart gloo would find the addresses of the dead there: a place an attempt."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    return dict(store=attempt, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+def seed_step(seed, step):
+    """Drop-path and dropout of this step are drawn as in a run that was never stopped."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank())
+
+
+def set_learning_rate(run, step):
+    lr = learning_rate(step, run.args.iters, run.args.lr, run.args.warmup)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def next_batch(run, step, stop):
+    """-> images (B, 3, H, W) in [0, 1] and labels (B, H, W), on the device.
+
+    What was trained is saved before an error is passed on.
+    """
+    asked = time.time()
+    try:
+        batch = next(run.batches)
+    except DatasetError:
+        # A frame broke since the run began.
+        run.loss_log.flush()
+        save(run, step)
+        raise
+    except RuntimeError:
+        # SIGTERM may have reached a loader's worker before this process.
+        if not stop.number:
+            raise
+        run.loss_log.flush()
+        save(run, step)
+        raise stopped(stop.number, step, run.folder) from None
+    run.loss_log.add_waiting(time.time() - asked)
+    images, labels = (part.to(run.device, non_blocking=True) for part in batch)
+    return images.float() / 255, labels
+
+
+def take_step(run, step, images, labels):
+    """`train_step`, and what the first one is looked at for. -> its values"""
+    began = time.time()
+    run.objective.train()
+    run.optimizer.zero_grad(set_to_none=True)
+    try:
+        values = train_step(run, images, labels)
+    except NotFinite as error:
+        run.loss_log.flush()
+        raise NotFinite(f"step {step + 1}: {error}; stopped, {advice(run.folder)}") from None
+    if step == run.start:
+        check_gradients(run.objective)
+        if run.args.compile:
+            seconds = time.time() - began
+            run.loss_log.leave_out(seconds)
+            print(f"compiled, with the first step in {seconds:.0f} s", flush=True)
+    return values
+
+
+def validate(run, step):
+    """Score the student on the validation split, and keep it if it is the best so far."""
+    # A network that is broken raises NotFinite here, before anything is saved.
+    result = evaluate_together(run.student, run.val_set, show_progress("val"))
+    best = run.progress["best_scores"]
+    is_better = best is None or result["miou"] > best["miou"]
+    if is_better:
+        run.progress["best_scores"] = result | {"step": step}
+    run.score_log.add(step, result, is_better)
+    if is_better and rank() == 0:
+        save_checkpoint(run.student, run.folder / "best.pth", scores=result, step=step)
 
 
 def evaluate_together(model, dataset, progress=None):
     """`evaluate` with the frames dealt to the processes -> scores of the whole data set."""
-    if dist.is_initialized():
-        for buffer in model.buffers():                            # BatchNorm's statistics: the first process's count
-            dist.broadcast(buffer, 0)
+    broadcast_buffers(model)
     mine = torch.utils.data.Subset(dataset, range(rank(), len(dataset), world_size()))
     confusion = evaluate(model.fold(), mine, model.input_size, progress=progress)
     device = next(model.parameters()).device
     return scores(all_reduce(confusion.to(device)))
 
 
-# ---------------------------------------------------------------- the run
+# ------------------------------ what is made before the first step
 
-def train(args):
-    """The whole run, from the flags to the last table."""
-    args.resume = args.resume or restarted(args) or None
-    folder, saved = find_run(args) if args.resume else (None, None)
-    args = settle(args, saved)
+def prepare(args, given):
+    """Everything that the loop needs; what is wrong is said here, not after an hour. -> Run"""
+    folder, saved = None, None
+    if args.resume or is_restart_of(args.out):
+        folder, saved = find_run(args.out)
+        stored = saved["training"]["args"]
+        args = argparse.Namespace(**merge_resumed_flags(FLAGS.all_flags(), stored, given))
+        note_stretched_schedule(args, stored, saved["training"]["step"], folder)
+    else:
+        FLAGS.note_unused(args, given)
     if args.tensorboard:
-        summary_writer()                                          # absent: said before anything is done
+        summary_writer()                               # absent: said before anything is done
     device = join_processes(args.device)
-    train_set, val_set = (open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by, cache=args.cache) for split in ("train", "val"))
-    if args.size:
-        train_set.size = val_set.size = tuple(args.size)
-    total_batch = args.batch_size * args.accum * world_size()
-    args.iters = args.iters or math.ceil(args.epochs * len(train_set) / total_batch)
-    args.eval_every = args.eval_every or max(min(args.iters, 20), args.iters // 40)
-    if saved and saved["training"]["total_batch"] != total_batch:
-        raise UsageError(f"{folder} was trained with {saved['training']['total_batch']} images a step, this would be {total_batch}")
-    if saved and saved["training"]["step"] > args.iters:
-        raise UsageError(f"{folder} has {saved['training']['step']} steps behind it already: --iters can only grow")
 
-    pixel_counts(val_set)                                         # what is wrong with the data is said now, not after an hour
-    train_set.glance()
-    val_set.glance()
-    student, teacher, objective = make_networks(args, train_set, device, folder / "last.pth" if saved else None)
+    train_set, val_set = open_splits(args)
+    total_batch = args.batch_size * args.accum * world_size()
+    settle_schedule(args, len(train_set), total_batch)
+    if saved:
+        check_schedule(args, saved["training"], total_batch, folder)
+    pixel_counts(val_set)                              # reads every label
+    train_set.quick_check()
+    val_set.quick_check()
+
+    resumed = folder / "last.pth" if saved else None
+    student, teacher, objective = make_networks(args, train_set, device, resumed)
     optimizer = make_optimizer(objective, args, device)
     check_owned(objective, optimizer)
-    half = HALF.get(args.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and device.type != "mps")
+    progress = new_progress()
+    if saved:
+        progress = restore(saved["training"], objective, optimizer, scaler)
+    del saved                                          # its tensors need not stay in memory
 
-    def cast():
-        return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
-
-    record = restore(saved, objective, optimizer, scaler)
-    start, saved = record["step"], None                           # the file's tensors need not stay in memory
-    folder = folder or choose_folder(args) if rank() == 0 else folder
-    announce(args, folder, device, student, train_set, val_set, objective, total_batch, start)
-    if teacher is not None:
-        record["teacher_scores"] = record["teacher_scores"] or evaluate_together(teacher, val_set, show_progress("teacher"))
-        print(f"teacher {args.teacher}: mIoU {100 * record['teacher_scores']['miou']:.2f} % on {val_set.name} {held_out(args)}, full resolution", flush=True)
+    run = Run(args, device, objective, teacher, optimizer, scaler, parallel=objective)
+    run.train_set = train_set
+    run.val_set = val_set
+    run.total_batch = total_batch
+    run.progress = progress
+    run.start = progress["step"]
+    run.folder = folder
+    open_run_folder(run)
+    score_teacher(run)
     if args.compile:
-        compile_networks(objective, teacher)
-    columns = ["step", "lr", "loss", *objective.weights, "grad_norm"]
-    score_columns = ["step", "miou", "macc", "aacc", *train_set.classes]
-    log, score_log, board = Log(folder, "log.csv", columns, start), Log(folder, "scores.csv", score_columns, start), Board(folder, args.tensorboard, start)
-
-    stream = Stream(train_set, Augment(args.crop, train_set.size, args.scale_range, args.augment), args.seed)
-    batches = iter(make_loader(stream, start, args, total_batch, device))
-    parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
-    pending, clock, waited = [], time.time(), 0.0                  # since the last report
-
-    def report():
-        """Read the losses of the pending steps from the device, once for all of them, and write them down."""
-        rows = read_losses(pending, objective.weights, folder, record if scaler.is_enabled() else None)
-        log.add(rows)
-        board.add_rows(columns[1:], rows, "train")
-        seconds = time.time() - clock
-        print_progress(rows[-1], args.iters, objective.weights, len(pending) * total_batch / seconds, total_batch, waited / seconds, record["skipped"])
-        pending.clear()
-
-    def save(step):
-        record["step"] = step
-        if rank() == 0:
-            save_last(student, folder, dict(
-                record, args=vars(args), total_batch=total_batch, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                projections=objective.projections.state_dict() if teacher is not None else None))
-
-    if not start:
-        save(0)                                                   # from here on there is always something to resume
-    with Stop() as stop:
-        for step in range(start, args.iters):
-            done = step + 1
-            torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank())     # drop-path and dropout of this step
-            lr = learning_rate(step, args.iters, args.lr, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            asked = time.time()
-            try:
-                batch = next(batches)
-            except (DatasetError, RuntimeError) as error:         # a broken frame; or a worker that SIGTERM ended before us
-                if not stop.number and not isinstance(error, DatasetError):
-                    raise
-                if pending:
-                    report()
-                save(step)
-                if stop.number:
-                    raise Stopped(stop.number, step, folder) from None
-                raise
-            waited += (time.time() - asked) * has_nothing_to_do(device)
-            images, labels = (part.to(device, non_blocking=True) for part in batch)
-            objective.train()
-            optimizer.zero_grad(set_to_none=True)
-            began = time.time()
-            try:
-                values = train_step(parallel, teacher, optimizer, scaler, images.float() / 255, labels, args, cast)
-            except NotFinite as error:
-                if pending:
-                    report()
-                raise NotFinite(f"step {done}: {error}; stopped, {advice(folder)}") from None
-            if step == start:
-                check_gradients(objective)
-                if args.compile:
-                    clock += time.time() - began                  # in images/s a compilation has no place
-                    print(f"compiled, with the first step in {time.time() - began:.0f} s", flush=True)
-            pending.append((done, lr, values))
-
-            evaluates = done % args.eval_every == 0 or done == args.iters
-            number = stop.asked(device, done % REPORT_EVERY == 0 or evaluates)
-            if len(pending) == REPORT_EVERY or evaluates or number:
-                report()
-            if evaluates:
-                result = evaluate_together(student, val_set, show_progress("val"))    # NotFinite comes before anything is saved
-                better = result["miou"] > record["best_scores"]["miou"] if record["best_scores"] else True
-                record["best_scores"] = result | {"step": done} if better else record["best_scores"]
-                print_scores(done, result, val_set, better, args)
-                row = [done, *(f"{value:.6f}" for value in (result["miou"], result["macc"], result["aacc"], *result["iou"]))]
-                score_log.add([row])
-                board.add_rows(score_columns[1:], [row], "val")
-                board.add_picture(done, student, val_set)
-                if better and rank() == 0:
-                    save_checkpoint(student, folder / "best.pth", scores=result, step=done)
-            if evaluates or number:
-                save(done)
-            if number and done < args.iters:
-                raise Stopped(number, done, folder)
-            if not pending:
-                clock, waited = time.time(), 0.0
-    if rank() == 0:
-        with torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():      # not for four pictures
-            finish(args, folder, teacher, record, val_set)
+        compile_networks(run)
+    run.batches = iter(make_loader(run))
     if dist.is_initialized():
-        dist.destroy_process_group()
+        run.parallel = DistributedDataParallel(objective)
+    open_logs(run)
+    return run
+
+
+def open_logs(run):
+    """The logs of a run, and the first checkpoint of a new one."""
+    run.board = Board(run.folder, run.args.tensorboard, run.start)
+    run.loss_log = LossLog(run)
+    run.score_log = ScoreLog(run)
+    if run.start == 0:
+        save(run, 0)                                   # from here on there is something to resume
+        if rank() == 0:
+            check_reads_back(run.folder / "last.pth")
+        run.loss_log.restart_clock()
+
+
+def open_splits(args):
+    """-> the data sets to train and to validate on."""
+    splits = []
+    for split in ("train", "val"):
+        splits.append(open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by,
+                                   cache=args.cache, size=args.size))
+    return splits
+
+
+def settle_schedule(args, train_frames, total_batch):
+    """Fill in what depends on the data: --iters from --epochs, and --eval-every."""
+    if not args.iters:
+        args.iters = math.ceil(args.epochs * train_frames / total_batch)
+    if not args.eval_every:
+        args.eval_every = max(min(args.iters, 20), args.iters // 40)
+
+
+def make_networks(args, train_set, device, resumed):
+    """-> (student, teacher or None, objective) on `device`.
+
+    resumed: the last.pth that the run goes on with, or None.
+    """
+    student = make_student(args, train_set.classes, resumed)
+    student.classes = train_set.classes
+    student.palette = train_set.palette
+    student.input_size = args.crop if args.augment == "plain" else train_set.size
+    student.trained_on = {
+        "data": args.data, "fold": args.fold, "folds": args.folds, "fold_by": args.fold_by}
+
+    teacher, projections = None, None
+    if args.teacher:
+        teacher = load_checkpoint(args.teacher)
+        check_classes(teacher, args.teacher, train_set)
+        warn_of_leak(teacher, args.teacher, args)
+        projections = Projections(SIZES[args.student]["dims"], SIZES[teacher.variant]["dims"])
+        teacher.input_size = student.input_size        # it is judged at the size it teaches at
+        teacher = teacher.fold().to(device)            # frozen: eval mode, no gradients
+
+    class_weight = choose_class_weights(args, train_set)
+    objective = Objective(student, projections, args, class_weight).to(device)
+    if dist.is_initialized() and device.type == "cuda":
+        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    return student, teacher, objective
 
 
 def make_student(args, classes, resumed):
-    """Fresh weights, or those of --init, or of the run that is resumed; the seed decides what is new, teacher or not."""
+    """Fresh weights, or those of --init, or of the run that is resumed.
+
+    The seed decides what is new: the same with a teacher and without.
+    """
     torch.manual_seed(args.seed)
     path = resumed or args.init
     if not path:
         return segformer(args.student, len(classes), NORMS[args.norm])
+
     student = load_checkpoint(path, len(classes))
     if student.variant != args.student:
-        raise UsageError(f"{path} is a SegFormer-{student.variant.upper()}: it cannot start a --student {args.student}")
+        raise UsageError(f"{path} is a SegFormer-{student.variant.upper()}: "
+                         f"it cannot start a --student {args.student}")
     if student.norm_fn is not NORMS[args.norm]:
-        found = next(name for name, norm_fn in NORMS.items() if norm_fn is student.norm_fn)
-        raise UsageError(f"{path} has the norms {found!r}: its weights mean nothing to a student with --norm {args.norm}")
+        names = [name for name, norm_fn in NORMS.items() if norm_fn is student.norm_fn]
+        raise UsageError(f"{path} has the norms {names[0]!r}: "
+                         f"its weights mean nothing to a student with --norm {args.norm}")
     if student.classes and other_classes(student.classes, classes):
         student.decoder.classifier.reset_parameters()
         print(f"{path}: its classes have other names than the data's, so the head is new")
     return student
 
 
-def make_networks(args, train_set, device, resumed):
-    """-> (student, teacher or None, objective) on `device`; `resumed`: the last.pth that the run goes on with, or None."""
-    student = make_student(args, train_set.classes, resumed)
-    student.classes, student.palette = train_set.classes, train_set.palette
-    student.input_size = args.crop if args.augment == "plain" else train_set.size
-    student.trained_on = {name: getattr(args, name) for name in ("data", "fold", "folds", "fold_by")}
-    teacher = projections = None
-    if args.teacher:
-        teacher = load_checkpoint(args.teacher)
-        check_classes(teacher, args.teacher, train_set)
-        warn_of_leak(teacher, args.teacher, args)
-        projections = Projections(SIZES[args.student]["dims"], SIZES[teacher.variant]["dims"])
-        teacher.input_size = student.input_size                   # it teaches at this size, so it is judged at this size
-        teacher = teacher.fold().to(device)                       # frozen: eval mode, no gradient, BatchNorm fixed
-    objective = Objective(student, projections, args, choose_class_weights(args, train_set)).to(device)
-    if dist.is_initialized() and device.type == "cuda":
-        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
-    return student, teacher, objective
-
-
-def compile_networks(objective, teacher):
-    """--compile: the student with its losses, and the teacher, as compiled functions of a batch; validation stays eager."""
-    torch._inductor.config.fallback_random = True                 # eager's random numbers: the same drop-path, the same curve
-    objective.compile(dynamic=False)
-    if teacher is not None:
-        teacher.features, teacher.encode = (torch.compile(function, dynamic=False) for function in (teacher.features, teacher.encode))
-
-
-def restore(saved, objective, optimizer, scaler):
-    """Put the state of a last.pth (or None: a new run) beside the student's. -> {"step", "best_scores", "teacher_scores",
-    "skipped": steps that the scaler left out, "skipped_in_a_row"}"""
-    record = dict(step=0, best_scores=None, teacher_scores=None, skipped=0, skipped_in_a_row=0)
-    if not saved:
-        return record
-    state = saved["training"]
-    if objective.projections is not None:
-        objective.projections.load_state_dict(state["projections"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return {name: state.get(name, value) for name, value in record.items()}
-
-
 def choose_class_weights(args, train_set):
-    """The paper's constants for all of Cityscapes, else 1 / ln(1.10 + share) counted on the training labels. -> (C,)"""
+    """The paper's constants for Cityscapes, else counted on the training labels. -> (C,)"""
     if args.data.startswith("cityscapes") and args.fold is None:
         return torch.tensor([weight for _, _, weight in CITYSCAPES.values()])
     return class_weights(pixel_counts(train_set))
 
 
-def make_loader(stream, start, args, total_batch, device):
-    """Batches of this process from step `start` to the end: sample numbers of the stream, so resuming is starting there."""
-    local = args.batch_size * args.accum
-    first = [step * total_batch + rank() * local for step in range(start, args.iters)]
-    return torch.utils.data.DataLoader(stream, batch_sampler=[range(n, n + local) for n in first], num_workers=args.workers,
-                                       pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None,
-                                       worker_init_fn=deaf_worker)
+def make_optimizer(objective, args, device):
+    """AdamW over every trainable parameter; decay on matrices only, not on norms and biases."""
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    is_fused = device.type != "mps"
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=is_fused)
 
 
-def read_losses(pending, weights, folder, skips):
-    """[(step, lr, values)] -> rows of the log; one read from the device for all.
-
-    skips: the record that counts the steps which the fp16 scaler left out, or None without a scaler. Raises NotFinite, naming
-    the term and the step, for a loss that is not finite, for a gradient without a scaler, and for SKIPS steps left out in a row.
-    """
-    values = torch.stack([values for _, _, values in pending]).tolist()
-    rows = []
-    for (step, lr, _), (*terms, norm) in zip(pending, values):
-        broken = [f"{name} is {value}" for name, value in zip(weights, terms) if not math.isfinite(value)]
-        if not math.isfinite(norm) and not broken:
-            if skips is None:
-                broken = [f"the gradient is not finite, at finite {', '.join(f'{name} {value:.4g}' for name, value in zip(weights, terms))}"]
-            else:
-                skips["skipped"], skips["skipped_in_a_row"] = skips["skipped"] + 1, skips["skipped_in_a_row"] + 1
-        elif skips is not None:
-            skips["skipped_in_a_row"] = 0
-        if skips is not None and skips["skipped_in_a_row"] >= SKIPS:
-            broken = [f"the gradient overflowed fp16 in {SKIPS} steps in a row, though the scaler halved its scale each time"]
-        if broken:
-            raise NotFinite(f"step {step}: {' and '.join(broken)}; stopped, {advice(folder)}")
-        total = sum(weight * value for weight, value in zip(weights.values(), terms))
-        rows.append([step, f"{lr:.8g}", f"{total:.8g}", *(f"{value:.8g}" for value in (*terms, norm))])
-    return rows
+def check_owned(objective, optimizer):
+    """Every trainable parameter is the optimizer's: the published code forgot its projections."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    forgotten = []
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad and id(parameter) not in owned:
+            forgotten.append(name)
+    if forgotten:
+        first = ", ".join(forgotten[:5])
+        raise RuntimeError(
+            f"the optimizer does not own {len(forgotten)} trainable parameters, first {first}")
 
 
-def advice(folder):
-    return f"the last good checkpoint is {folder}/last.pth. A smaller --lr, --grad-clip 1 or --amp off may help"
+def check_gradients(objective):
+    """After the first backward every trainable parameter has a gradient, or it would never move."""
+    still = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    if still:
+        first = ", ".join(still[:5])
+        raise RuntimeError(f"{len(still)} trainable parameters get no gradient, first {first}")
 
 
-def has_nothing_to_do(device):
-    """A GPU works on what was queued while its process waits for data: that is no time lost, until the queue is empty."""
-    return device.type != "cuda" or torch.cuda.current_stream(device).query()
-
-
-def print_progress(row, iters, weights, speed, total_batch, waited, skipped):
-    terms = " + ".join(f"{weight:g} {name} {float(value):.4f}" for (name, weight), value in zip(weights.items(), row[3:]))
-    left = round((iters - row[0]) * total_batch / speed)
-    print(f"step {row[0]}/{iters}  loss {float(row[2]):.4f} = {terms}  lr {float(row[1]):.2e}  {speed:.1f} images/s "
-          f"({100 * waited:.0f} % waiting for data)  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-          + (f"  {skipped} steps skipped: fp16 overflow" if skipped else ""), flush=True)
-
-
-def held_out(args):
-    return "val" if args.fold is None else f"fold {args.fold} of {args.folds}"
-
-
-def print_scores(done, result, val_set, better, args):
-    print(f"step {done}: mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, aAcc {100 * result['aacc']:.2f} % "
-          f"on {val_set.name} {held_out(args)}, full resolution{' (best so far)' if better else ''}", flush=True)
-
-
-def announce(args, folder, device, student, train_set, val_set, objective, total_batch, start):
-    """Print the effective recipe and write it to recipe.json."""
-    if rank():
+def score_teacher(run):
+    """The teacher's scores, once: a teacher that was loaded wrongly shows here."""
+    if run.teacher is None:
         return
-    weights, class_weight = objective.weights, objective.class_weight
-    recipe = dict(vars(args), out=str(folder), total_batch=total_batch, processes=world_size(), loss_weights=weights,
-                  class_weights=[round(w, 4) for w in class_weight.tolist()], classes=train_set.classes,
-                  train_frames=len(train_set), val_frames=len(val_set), input_size=student.input_size,
-                  parameters=sum(p.numel() for p in student.parameters()), device_used=str(device),
-                  device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
-                  threads=torch.get_num_threads(), torch=torch.__version__, commit=git_commit(), command=" ".join(sys.argv))
-    (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
-    print(f"{train_set.name}: {len(train_set)} train, {len(val_set)} val frames, {len(train_set.classes)} classes; "
-          f"crops {args.crop[0]}x{args.crop[1]}, {args.augment} augmentation")
-    print(f"student SegFormer-{args.student.upper()} {f'from {args.init}' if args.init else 'from scratch'}, norm {args.norm}, {recipe['parameters']:,} parameters, on {device}, amp {args.amp}")
-    print("loss = " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()) + f"; AdamW, lr {args.lr:g} with "
-          f"{100 * args.warmup:g} % warm-up, decay {args.weight_decay:g}, clip {args.grad_clip:g}")
-    print(f"{args.iters} steps of {total_batch} images = {args.batch_size} x {args.accum} accumulated x {world_size()} processes, "
-          f"{args.iters * total_batch / len(train_set):.1f} epochs, seed {args.seed}; writing to {folder}"
-          + (f"; resuming after step {start}" if start else ""), flush=True)
+    result = run.progress["teacher_scores"]
+    if not result:
+        result = evaluate_together(run.teacher, run.val_set, show_progress("teacher"))
+        run.progress["teacher_scores"] = result
+    print(f"teacher {run.args.teacher}: mIoU {100 * result['miou']:.2f} % "
+          f"on {run.val_set.name} {held_out(run.args)}, full resolution", flush=True)
 
 
-def finish(args, folder, teacher, record, val_set):
-    """The table of per-class IoU and the picture, for the teacher and the student's best checkpoint."""
-    models, names, results = [], [], []
-    if teacher is not None:
-        models, names, results = [teacher.cpu()], [f"teacher {teacher.variant}"], [record["teacher_scores"]]
-    models.append(load_checkpoint(folder / "best.pth").fold())
-    names.append(f"student {args.student}")
-    results.append(record["best_scores"])
-    some = spread(len(val_set), 4)
-    draw_comparison(models, names, val_set, some).save(folder / "pictures.png")
-    print(f"\n{val_set.name} {held_out(args)}, {len(val_set)} frames, full resolution; student's best checkpoint: step {record['best_scores']['step']}")
-    print(table(names, results, val_set.classes))
-    print(f"\npictures: {folder / 'pictures.png'}; checkpoints: {folder / 'best.pth'}, {folder / 'last.pth'}")
+def compile_networks(run):
+    """--compile: the student with its losses, and the teacher. Validation stays eager."""
+    torch._inductor.config.fallback_random = True      # eager's random numbers: the same curve
+    run.objective.compile(dynamic=False)
+    if run.teacher is not None:
+        run.teacher.features = torch.compile(run.teacher.features, dynamic=False)
+        run.teacher.encode = torch.compile(run.teacher.encode, dynamic=False)
 
 
-# ---------------------------------------------------------------- flags
+def make_loader(run):
+    """The batches of this process, from step `start` to the end.
 
-def settle(args, saved=None):
-    """Fill in what was not given: from the run that is resumed, else the data set's defaults, else the paper's."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    if saved:
-        stored = saved["training"]["args"]
-        if given.get("amp") == "auto":
-            del given["amp"]                                      # what it was settled to goes on
-        changed = [name for name in given if name not in MAY_CHANGE and given[name] != stored.get(name)]
-        if changed:
-            name = changed[0]
-            raise UsageError(f"--{name.replace('_', '-')} {given[name]} differs from the resumed run's {stored.get(name)}: "
-                             "that would be another experiment; leave it out, or start a new run")
-        return argparse.Namespace(**({name: None for name in vars(args)} | stored | given))       # an older run lacks newer flags
-    kind = given.get("data", PAPER["data"]).split(":")[0]
-    suits = SUITS.get(kind, {})
-    if "epochs" in given:
-        suits = {name: value for name, value in suits.items() if name != "iters"}
-    distils = 1.0 if args.teacher else 0.0
-    full = {name: None for name in vars(args)} | PAPER | dict(lambda_kl=0.0, lambda_fd=distils, lambda_pe=distils)
-    full |= dict(workers=min(4, os.cpu_count() or 1)) | suits | given
-    on_cuda = torch.cuda.is_available() and (full["device"] == "auto" or full["device"].startswith("cuda"))
-    full["amp"] = full["amp"] if full["amp"] != "auto" else "fp16" if on_cuda else "off"
-    say_what_is_idle(given, full, kind)
-    return argparse.Namespace(**full)
+    A batch is a range of sample numbers of the stream, so resuming is starting there.
+    """
+    args = run.args
+    augment = Augment(args.crop, run.train_set.size, args.scale_range, args.augment)
+    stream = Stream(run.train_set, augment, args.seed)
+    local_batch = args.batch_size * args.accum
+    batches = []
+    for step in range(run.start, args.iters):
+        first = step * run.total_batch + rank() * local_batch
+        batches.append(range(first, first + local_batch))
+    return torch.utils.data.DataLoader(
+        stream,
+        batch_sampler=batches,
+        num_workers=args.workers,
+        pin_memory=run.device.type == "cuda",
+        prefetch_factor=4 if args.workers else None,
+        worker_init_fn=ignore_signals,
+    )
 
 
-def say_what_is_idle(given, full, kind):
-    """A flag that was given and changes nothing beside the others is said."""
-    idle = dict(scale_range=full["augment"] == "plain", size=full["augment"] == "plain", folds=full["fold"] is None, fold_by=full["fold"] is None,
-                lambda_dice=full["loss"] == "wce", temperature=not full["lambda_kl"], lambda_m=not full["lambda_fd"],
-                lambda_s=not full["lambda_fd"], cache=kind == "toy", teacher=not (full["lambda_kl"] or full["lambda_fd"] or full["lambda_pe"]))
-    for name in idle:
-        if name in given and idle[name]:
-            print(f"note: --{name.replace('_', '-')} changes nothing in this run", file=sys.stderr)
+# ------------------------------ flags
+
+FLAGS = TrainFlags(DEFAULTS, DATASET_DEFAULTS, DISTILLATION)
 
 
-def number(kind, low, high=math.inf, open_low=False):
-    """An argparse type: a number of `kind` in [low, high], or (low, high]."""
-    def parse(text):
-        value = kind(text)
-        if not (value > low if open_low else value >= low) or not value <= high or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else ""))
-        return value
-    parse.__name__ = kind.__name__
-    return parse
+def note_stretched_schedule(args, stored, step, folder):
+    """A longer --iters changes the learning rate of the steps to come: say from what to what."""
+    if not args.iters or not stored.get("iters") or args.iters == stored["iters"]:
+        return
+    before = learning_rate(step, stored["iters"], args.lr, args.warmup)
+    now = learning_rate(step, args.iters, args.lr, args.warmup)
+    print(f"note: {folder} was begun with --iters {stored['iters']}; with {args.iters} its "
+          f"schedule is stretched: the next step has learning rate {now:.2e} in place of "
+          f"{before:.2e}, so the run is not the one that either number alone would have made",
+          file=sys.stderr)
 
 
-def build_parser():
-    """All flags default to None, "not given": settle() fills them in."""
-    parser = argparse.ArgumentParser(description="Train a SegFormer, with or without a teacher.",
-                                     epilog="Defaults are the paper's, or what suits the data: see PAPER and SUITS in train.py.")
-    add, positive, weight = parser.add_argument, number(int, 1), number(float, 0.0)
-    add("--student", choices=SIZES, help="the network to train (default b0)")
-    add("--init", metavar="FILE", help="start the student from these weights: an ImageNet encoder, or a segmenter, whose head is new if the "
-        "classes differ (default: from scratch)")
-    add("--teacher", metavar="FILE", help="checkpoint of the teacher to distil; like --init ours, Hugging Face's, NVlabs' or TransKD's")
-    add("--data", help="toy, camvid:DIR, cityscapes:DIR or folder:DIR (default toy)")
-    add("--out", metavar="DIR", help="the run's folder (default runs/DATA-STUDENT, numbered)")
-    add("--iters", type=positive, help="optimizer steps (default: --epochs; CamVid 40,000, toy 300)")
-    add("--epochs", type=positive, help="passes over the data, when --iters is not given (default 200)")
-    add("--batch-size", type=positive, help="images a process and forward pass (default 2; CamVid and toy 4)")
-    add("--accum", type=positive, help="forward passes a step; the batch of a step is batch-size x accum x processes (default 1)")
-    add("--crop", type=number(int, SMALLEST), nargs=2, metavar=("H", "W"), help="size of a training image (default 512 1024; CamVid 288 288)")
-    add("--size", type=number(int, SMALLEST), nargs=2, metavar=("H", "W"), help="resize frames to this, for training and scoring (default: CamVid 288 384, Cityscapes 512 1024, else as they are)")
-    add("--scale-range", type=number(float, 0.0, 16, open_low=True), nargs=2, metavar=("LO", "HI"), help="random scale before the crop (default 0.5 2)")
-    add("--augment", choices=("segformer", "plain"), help="segformer: scale, crop, flip, colours; plain: the paper's resize and flip (default "
-        "segformer; Cityscapes plain)")
-    add("--lr", type=number(float, 0.0, open_low=True), help="peak learning rate (default 6e-4)")
-    add("--weight-decay", type=weight, help="of matrices; norms and biases have none (default 0)")
-    add("--warmup", type=number(float, 0.0, 1.0), help="share of the steps with rising learning rate (default 0.05)")
-    add("--grad-clip", type=weight, help="largest norm of the gradient, 0 for no clipping (default 1)")
-    add("--norm", choices=NORMS, help="ln; dyt: DyT after patch embeddings; dyt-dyl: and DyL elsewhere; dyt-dyl-ln: but for stage ends (default ln)")
-    add("--loss", choices=("wce", "dice-focal"), help="supervision: eq. 3, or eq. 14 (default wce)")
-    add("--lambda-dice", type=number(float, 0.0, 1.0), help="weight of Dice in dice-focal, focal has the rest (default 0.5)")
-    add("--lambda-kl", type=weight, help="weight of KL distillation (default 0)")
-    add("--temperature", type=number(float, 0.0, open_low=True), help="of KL distillation (default 1)")
-    add("--lambda-fd", type=weight, help="weight of CSKD on the stages (default 1 with a teacher)")
-    add("--lambda-pe", type=weight, help="weight of PEKD on the patch embeddings (default 1 with a teacher)")
-    add("--lambda-m", type=weight, help="weight of CSKD's guided squared error (default 1)")
-    add("--lambda-s", type=weight, help="weight of CSKD's cosines (default 0.5)")
-    add("--fold", type=number(int, 0), help="validate on this fold and train on the others; counts from 0 (default: the data's own splits)")
-    add("--folds", type=number(int, 2), help="how many folds (default 2)")
-    add("--fold-by", choices=("drive", "block", "shuffle"), help="whole drives, blocks of neighbours, or shuffled frames, which leak")
-    add("--amp", choices=("auto", *HALF, "off"), help="mixed precision; auto: fp16 on CUDA, else off")
-    add("--compile", action="store_true", default=None, help="torch.compile student, losses and teacher: minutes at the first step; meant for a GPU: on a CPU it was slower than without")
-    add("--workers", type=number(int, 0), help="processes that read data (default: up to 4)")
-    add("--cache", metavar="DIR", help="keep decoded frames there, 4 bytes a pixel, shared by all workers and runs (default: decode each time)")
-    add("--seed", type=number(int, 0, 2 ** 31), help="of weights, order, augmentation and dropout (default 0)")
-    add("--eval-every", type=positive, help="steps between validations and checkpoints (default: a fortieth of the run; CamVid 1000, toy 100)")
-    add("--tensorboard", action="store_true", default=None, help="also write scalars and pictures for TensorBoard to the run's folder")
-    add("--resume", action="store_true", default=None, help="go on with the run in --out, or the newest under runs/")
-    add("--device", help="auto (CUDA, then MPS, then CPU), or one of them by name")
-    return parser
+def explain_failed_compilation(error):
+    """Raise UsageError if `error`, a RuntimeError, is torch.compile's.
 
-
-def check_flags(parser, args):
-    """What single flags cannot tell: combinations that would do nothing or make no sense."""
-    for flag in ("lambda_kl", "lambda_fd", "lambda_pe"):
-        if getattr(args, flag) and not args.teacher and not args.resume:
-            parser.error(f"--{flag.replace('_', '-')} needs a --teacher")
-    if args.scale_range and args.scale_range[0] > args.scale_range[1]:
-        parser.error("--scale-range: LO is larger than HI")
-    if args.iters and args.epochs:
-        parser.error("--iters and --epochs say the same thing: give one")
+    It is told by its module's name: to import its class takes a second.
+    """
+    if type(error).__module__.startswith("torch._"):
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--compile failed ({reason}); it needs a C++ compiler on a CPU, Triton "
+                         "on CUDA: install it, or leave --compile out") from None
 
 
 def main():
-    parser = build_parser()
-    args = parser.parse_args()
-    check_flags(parser, args)
+    args, given = FLAGS.parse(sys.argv[1:])
     keep_freed_memory()
     try:
-        train(args)
-    except MISTAKES as error:
-        sentence = str(error).strip().splitlines()[-1]            # from a loader's worker it comes with that worker's traceback
-        print(f"error: {sentence.removeprefix('data.DatasetError: ')}", file=sys.stderr)
-        sys.exit(2)
-    except NotFinite as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        print(f"error: --compile failed ({str(error).strip().splitlines()[0]}); it needs a C++ compiler on a CPU, Triton on CUDA: install it, or leave --compile out", file=sys.stderr)
-        sys.exit(2)
+        run_training(args, given)
     except RuntimeError as error:
-        if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "peer", "onnection")):
-            raise
-        print("error: the connection to another process of this run broke: that one failed, and its own message says why", file=sys.stderr)
-        sys.exit(1)
-    except Stopped as stopped:
-        print(stopped, flush=True)
-        sys.exit(stopped.code)
-    except KeyboardInterrupt:
-        print("stopped at once; what was saved before is whole", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        print(f"error: {error.filename or 'cannot write'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        explain_failed_compilation(error)
+        explain_lost_process(error)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, end=leave)

@@ -1,0 +1,196 @@
+"""What every command shares: how it ends, its device, 16-bit types, progress, memory, and flags
+that several have.
+
+    def main():
+        args = build_parser().parse_args()
+        ...
+
+    if __name__ == "__main__":
+        run_command(main)
+
+A command ends with one of these exit codes, and with a sentence on stderr for each but 0:
+
+    0     done; or told to stop by SIGTERM, after saving
+    1     the computation broke: a loss that is not finite, another process of the run that failed
+    2     a user's mistake: a wrong flag, path, file or data set
+    130   Ctrl-C
+"""
+
+import argparse
+import ctypes
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from data import DatasetError
+from model import CheckpointError
+
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# ------------------------------ how a command ends
+
+class UsageError(ValueError):
+    """The command cannot do what it was asked; the message is one sentence."""
+
+
+class NotFinite(ArithmeticError):
+    """A loss or an output became NaN or infinite; the message says where."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of a run under torchrun failed, and this one cannot go on alone."""
+
+
+class Stopped(Exception):
+    """The run was told to stop, and has saved; `code` is the exit code: 0 after SIGTERM, 130 after
+    Ctrl-C.
+    """
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+
+USER_ERRORS = (UsageError, DatasetError, CheckpointError)
+
+
+def run_command(main, end=sys.exit):
+    """Run main(), which may return an exit code, and end the process with it: end(code).
+
+    No traceback for what a user can get wrong.
+    """
+    try:
+        code = main()
+    except (Exception, KeyboardInterrupt) as error:
+        code = report(error)
+    end(code)
+
+
+def report(error):
+    """Say what ended a command, in one sentence. -> its exit code. Raises `error` again when it is
+    a bug of ours.
+    """
+    if isinstance(error, Stopped):
+        print(error, flush=True)
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        print("stopped at once; what was saved before is whole", file=sys.stderr)
+        return 130
+    if isinstance(error, USER_ERRORS):
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
+        return 2
+    if isinstance(error, (NotFinite, ProcessLost)):
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if isinstance(error, OSError):
+        where = error.filename or "cannot write"
+        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    raise error
+
+
+def sentence_of(error):
+    """The message of an error. One from a loader's worker comes with that worker's traceback: its
+    last line is the message.
+    """
+    last_line = str(error).strip().splitlines()[-1]
+    return last_line.removeprefix("data.DatasetError: ")
+
+
+# ------------------------------ the machine
+
+def pick_device(name):
+    """"auto" -> CUDA, else Apple's MPS, else the CPU; any other name must be there. Raises
+    UsageError.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} is not to be had here: {reason}") from None
+    return torch.device(name)
+
+
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks for the next allocation.
+
+    By default they go back to the kernel, and every step pays again for fetching zeroed pages.
+    Changes no result. Other C libraries are left alone.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    M_TRIM_THRESHOLD = -1
+    M_MMAP_MAX = -4
+    mallopt(M_MMAP_MAX, 0)  # no block gets a mapping of its own
+    mallopt(M_TRIM_THRESHOLD, -1)  # never give the top of the heap back
+
+
+def make_folder(path):
+    """-> Path of the folder, made if it is not there. Raises UsageError."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {path}: {error.strerror}") from None
+    return folder
+
+
+def show_progress(what):
+    """-> progress(done, total) that rewrites one line on a terminal, and is silent elsewhere."""
+    def progress(done, total):
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\r{what} {done}/{total}", end=end, file=sys.stderr, flush=True)
+    return progress
+
+
+# ------------------------------ flags that several commands have
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: a number of `kind` (int or float) in [low, high], or in (low, high] with
+    open_low.
+    """
+    def parse(text):
+        value = kind(text)
+        is_above = value > low if open_low else value >= low
+        if is_above and value <= high and math.isfinite(value):
+            return value
+        bounds = f"above {low}" if open_low else f"at least {low}"
+        if high < math.inf:
+            bounds += f" and at most {high}"
+        raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+
+    parse.__name__ = kind.__name__  # what argparse calls it: "invalid int value"
+    return parse
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are UsageErrors: one sentence, in a terminal as in a
+    notebook.
+    """
+
+    def error(self, message):
+        raise UsageError(f"{message}; python {self.prog} --help lists the flags")
+
+
+def add_fold_flags(parser, default_folds=2):
+    """--fold, --folds and --fold-by, for commands that train, score or check a data set."""
+    parser.add_argument("--fold", type=number(int, 0), metavar="N",
+                        help="hold out this fold in place of the data's own splits; counts from 0")
+    parser.add_argument("--folds", type=number(int, 2), default=default_folds, metavar="N",
+                        help="how many folds (default 2)")
+    parser.add_argument("--fold-by", choices=("drive", "block", "shuffle"),
+                        help="whole drives, blocks of neighbours, or shuffled frames, which leak")

@@ -1,0 +1,536 @@
+"""The tables of docs/RESULTS.md and README.md, made from what reproduce.sh left in results/.
+
+    python -m extras.paper_tables                     # writes them between the files' marks
+    python -m extras.paper_tables --schedule full     # of the other schedule
+    python -m extras.paper_tables --figures           # also the paper's figures 4-6 (matplotlib),
+                                                      # loss.png miou.png radar.png beside the rows
+
+A mark is a line `<!-- NAME: ... -->`, and its table ends at the next `<!-- end -->`.
+
+No number in these tables is ever typed. A row that was not run is named below its table. A cell
+over several seeds is mean +- standard deviation (n - 1), and a difference to B0 is taken seed by
+seed; which plain B0 a row is held against is said at `baseline`, and below the table.
+"""
+
+import argparse
+import csv
+import json
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from extras.cli import UsageError, run_command
+
+RESULTS = Path("docs/RESULTS.md")
+README = Path("README.md")
+BENCH = Path("results/bench/cpu-2-threads.json")
+
+# Row of reproduce.sh: (its title, its network in bench.py, None if that one was not timed).
+ROWS = {
+    "b2": ("B2, the teacher", "SegFormer-B2"),
+    "b0": ("B0", "SegFormer-B0"),
+    "b0-dyt": ("+ Tanh", "+ Tanh"),
+    "b0-dyt-dyl": ("+ Tanh + Linear", "+ Tanh + Linear"),
+    "b0-kd": ("+ KD (CSKD + PEKD)", "SegFormer-B0"),
+    "b0-df": ("+ Dice-Focal", "SegFormer-B0"),
+    "b0-fd": ("CSKD alone", "SegFormer-B0"),
+    "b0-pe": ("PEKD alone", "SegFormer-B0"),
+    "b0-dyt-fd": ("+ Tanh, CSKD alone", "+ Tanh"),
+    "b0-kl-1": ("KL alone, T = 1", "SegFormer-B0"),
+    "b0-kl-4": ("KL alone, T = 4", "SegFormer-B0"),
+    "b0-all": ("all: KD + KL (T = 4) + Dice-Focal + Tanh + Linear", "+ Tanh + Linear"),
+    "b0-long": ("B0, longer", "SegFormer-B0"),
+    "b0-kd-long": ("+ KD, longer", "SegFormer-B0"),
+    "b0-dyt-long": ("+ Tanh, longer", "+ Tanh"),
+    "b0-dyt-fd-long": ("+ Tanh, CSKD alone, longer", "+ Tanh"),
+    "b0-tuned": ("B0, longer, tuned", "SegFormer-B0"),
+    "b0-kd-tuned": ("+ KD, longer, tuned", "SegFormer-B0"),
+    "b0-dyt-tuned": ("+ Tanh, longer, tuned", "+ Tanh"),
+    "b0-dyt-fd-tuned": ("+ Tanh, CSKD alone, longer, tuned", "+ Tanh"),
+    "b2-tuned": ("B2 + Tanh at 1.2e-3, another teacher", None),
+    "b0-dyt-fd-b2-tuned": ("+ Tanh, CSKD alone from it, longer, tuned", "+ Tanh"),
+}
+PLAIN = ("b0", "b0-long", "b0-tuned")                             # B0 with nothing added
+TUNED = "-tuned"                                                  # ends the rows of a searched rate
+
+# Learning rate: what the names of its rows end with.
+RATES = {
+    "3e-4": "-lr-3e-4",
+    "6e-4": "",
+    "1.2e-3": "-lr-1.2e-3",
+    "2.4e-3": "-lr-2.4e-3",
+    "4.8e-3": "-lr-4.8e-3",
+}
+RATE_ROWS = ("b0", "b0-dyt", "b0-kd", "b0-dyt-fd")
+
+# The README's table: title, the row at the paper's rate, the row at another one (None: no row).
+SUMMARY = (
+    ("B2, the teacher", "b2"),
+    ("B0", "b0-long"),
+    ("B0 + KD (CSKD + PEKD)", "b0-kd-tuned"),
+    ("B0 + DyT", "b0-dyt-tuned"),
+    ("B0 + DyT + CSKD", "b0-dyt-fd-tuned"),
+    ("B2 + DyT, a better teacher", "b2-tuned"),
+    ("B0 + DyT + CSKD, taught by that one", "b0-dyt-fd-b2-tuned"),
+)
+
+# The differences with an interval: (row, what it is held against).
+PAIRS = (
+    ("b0-dyt", "b0"),
+    ("b0-fd", "b0"),
+    ("b0-kd", "b0"),
+    ("b0-pe", "b0"),
+    ("b0-df", "b0"),
+    ("b0-kl-1", "b0"),
+    ("b0-kl-4", "b0"),
+    ("b0-dyt-dyl", "b0"),
+    ("b0-all", "b0"),
+    ("b0-kd", "b0-fd"),
+    ("b0-all", "b0-dyt-dyl"),
+    ("b0-dyt-fd-long", "b0-dyt-long"),
+    ("b0-dyt-fd-tuned", "b0-dyt-tuned"),
+)
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                  # Student's t of n differences
+
+STUDY = {"b0": "B0", "kl-1.0": "KL, w = 1.0", "kl-0.5": "KL, w = 0.5", "b2": "B2, the teacher"}
+STUDY_FOLDS = {"drive": "folds of whole drives", "shuffle": "folds of shuffled frames, which leak"}
+
+FIGURES = ("b0", "b0-kd", "b0-df", "b0-dyt")                      # the paper's four
+
+
+# ---------------------------------------------------------------- what reproduce.sh left
+
+@dataclass
+class Run:
+    """One seed of a row. Scores are fractions."""
+    folder: Path
+    recipe: dict
+    full: dict                                                    # on test, full resolution
+    quarter: dict | None                                          # on test, by the paper's protocol
+    val: float                                                    # mIoU on val, last checkpoint
+
+    @property
+    def seed(self):
+        return self.recipe["seed"]
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def read_scores(path):
+    """The scores of the one checkpoint in a file of eval.py --json."""
+    return read_json(path)["checkpoints"][0]
+
+
+def read_row(folder, has_quarter=True):
+    """-> [Run], one a seed, in the order of the seeds; [] for a row that was not run."""
+    runs = []
+    finished = folder.glob("*/scores.csv")                        # reproduce.sh writes it last
+    for seed in sorted(path.parent for path in finished):
+        validations = list(csv.DictReader((seed / "scores.csv").read_text().splitlines()))
+        runs.append(Run(
+            folder=seed,
+            recipe=read_json(seed / "recipe.json"),
+            full=read_scores(seed / "test.json"),
+            quarter=read_scores(seed / "quarter.json") if has_quarter else None,
+            val=float(validations[-1]["miou"]),
+        ))
+    return runs
+
+
+# ---------------------------------------------------------------- numbers
+
+def spread(values, sign=""):
+    """Percent: mean, and +- standard deviation where there are several; sign "+": with its sign."""
+    values = [100 * value for value in values]
+    text = f"{statistics.mean(values):{sign}.2f}"
+    if len(values) > 1:
+        text += f" +- {statistics.stdev(values):.2f}"
+    return text
+
+
+def differences(runs, base):
+    """{seed: runs - base in mIoU}, over the seeds that both have."""
+    base_miou = {run.seed: run.full["miou"] for run in base}
+    shared = [run for run in runs if run.seed in base_miou]
+    return {run.seed: run.full["miou"] - base_miou[run.seed] for run in shared}
+
+
+def difference(runs, base):
+    """Percent of mIoU: runs - base, over the seeds that both have; "" if there is none."""
+    pairs = differences(runs, base).values()
+    return spread(pairs, "+") if pairs else ""
+
+
+def interval(values):
+    """Percent: the 95 % interval of a mean by Student's t; "-" of one value."""
+    values = [100 * value for value in values]
+    if len(values) not in T_95:
+        return "-"
+    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.mean(values)
+    return f"{mean - half:+.2f} to {mean + half:+.2f}"
+
+
+def steps(runs):
+    return runs[0].recipe["iters"]
+
+
+def shared_seeds(rows):
+    """The seeds that all of `rows`, lists of runs, have."""
+    seeds = {run.seed for run in rows[0]}
+    for runs in rows[1:]:
+        seeds &= {run.seed for run in runs}
+    return seeds
+
+
+def val_miou(found, names):
+    """-> {name: [mIoU on val]} over the seeds that all of `names` have, or over all if none is."""
+    seeds = shared_seeds([found[name] for name in names])
+    values = {}
+    for name in names:
+        values[name] = [run.val for run in found[name] if run.seed in seeds or not seeds]
+    return values
+
+
+def plain_rows(found, iters):
+    """The names of the plain B0s that were trained for `iters` steps."""
+    return [name for name in PLAIN if found[name] and steps(found[name]) == iters]
+
+
+def baseline(found, name):
+    """-> the name of the plain B0 that row `name` is held against, None where there is none.
+
+    It has as many steps. A row at the paper's learning rate has the plain B0 at that rate. A tuned
+    row, whose rate was chosen, has the plain B0 whose rate is best: of all with as many steps, the
+    one that is highest on val.
+    """
+    candidates = plain_rows(found, steps(found[name]))
+    if not name.endswith(TUNED):
+        candidates = [plain for plain in candidates if not plain.endswith(TUNED)]
+    if not candidates:
+        return None
+    on_val = val_miou(found, candidates)
+    return max(candidates, key=lambda plain: statistics.mean(on_val[plain]))
+
+
+# ---------------------------------------------------------------- text
+
+def markdown(head, rows):
+    lines = []
+    for cells in [head, ["---"] * len(head), *rows]:
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def capitalise(text):
+    """The first letter large, the others as they are."""
+    return text[0].upper() + text[1:]
+
+
+def not_run(titles):
+    return [f"Not run yet: {'; '.join(titles)}."] if titles else []
+
+
+def footnotes(found, fact, usual, sentence):
+    """Name the runs that are unlike the others -> [a sentence for each unusual value].
+
+    fact: a function from a Run to the value; None counts as usual. sentence: {} stands for it.
+    """
+    seeds = {}                                                    # {value: {title: [seed]}}
+    for name, runs in found.items():
+        title = ROWS[name][0]
+        for run in runs:
+            value = fact(run)
+            if value is None or value == usual:
+                continue
+            rows = seeds.setdefault(value, {})
+            rows.setdefault(title, []).append(str(run.seed))
+    notes = []
+    for value, rows in sorted(seeds.items()):
+        named = "; ".join(with_seeds(title, row_seeds) for title, row_seeds in rows.items())
+        notes.append(f"{sentence.format(value)}: {named}.")
+    return notes
+
+
+def with_seeds(title, seeds):
+    return f"{title} (seed {' and '.join(seeds)})"
+
+
+def teacher_seed(run):
+    """The seed of the run that taught this one, by its folder in reproduce.sh; None without one."""
+    teacher = run.recipe["teacher"]
+    if teacher is None:
+        return None
+    return Path(teacher).parent.name.rsplit("-", 1)[1]
+
+
+def amp(run):
+    return run.recipe["amp"]
+
+
+def precision(run):
+    """bf16, fp16 or fp32."""
+    return "fp32" if amp(run) == "off" else amp(run)
+
+
+def rate(run):
+    """The learning rate as RATES writes it."""
+    for name in RATES:
+        if float(name) == run.recipe["lr"]:
+            return name
+    return f"{run.recipe['lr']:g}"
+
+
+def baseline_notes(found):
+    """What the tuned rows are held against -> [sentence]."""
+    tuned = [name for name in ROWS if name.endswith(TUNED) and found[name]]
+    base = baseline(found, tuned[0]) if tuned else None
+    if base is None:
+        return []
+    on_val = val_miou(found, plain_rows(found, steps(found[base])))
+    values = [f"{ROWS[name][0]} {spread(miou)}" for name, miou in on_val.items()]
+    listed = "; ".join(values)
+    return [f'Tuned rows are held against "{ROWS[base][0]}": of the plain B0s with as many steps '
+            f"it is the best on val ({listed})."]
+
+
+def precision_notes(found):
+    """The runs in another precision than B0's, and what follows -> [sentence]."""
+    usual = amp(found["b0"][0])
+    notes = footnotes(found, amp, usual, "With --amp {}")
+    plain_runs = [run for name in PLAIN for run in found[name]]
+    if notes and all(amp(run) == usual for run in plain_runs):
+        notes.append(f"The plain B0s are all in {precision(plain_runs[0])}: "
+                     "to B0, these runs differ in precision too.")
+    return notes
+
+
+# ---------------------------------------------------------------- the tables
+
+def table_2(folder):
+    """The paper's Table 2 on CamVid's official split -> markdown."""
+    timed = {}
+    for row in read_json(BENCH)["results"]["model"]:
+        if "network" in row:                                      # not the line on compiling
+            timed[row["network"]] = row
+    found = {name: read_row(folder / name) for name in ROWS}
+    head = ["", "parameters", "G MACs", "of attention", "FPS", "steps", "seeds",
+            "mIoU", "mAcc", "aAcc", "mIoU at a quarter", "to B0", "val mIoU"]
+    rows = []
+    missing = []
+    for name, (title, network) in ROWS.items():
+        runs = found[name]
+        if not runs:
+            missing.append(title)
+            continue
+        base = baseline(found, name)
+        has_other_base = base not in (None, name)
+        rows.append([
+            title,
+            f"{runs[0].recipe['parameters']:,}",
+            *speed_cells(timed[network] if network else None),
+            str(steps(runs)),
+            str(len(runs)),
+            spread(run.full["miou"] for run in runs),
+            spread(run.full["macc"] for run in runs),
+            spread(run.full["aacc"] for run in runs),
+            spread(run.quarter["miou"] for run in runs),
+            difference(runs, found[base]) if has_other_base else "",
+            spread(run.val for run in runs),
+        ])
+    paragraphs = [
+        markdown(head, rows),
+        *baseline_notes(found),
+        *footnotes(found, teacher_seed, "0", "From the teacher of seed {}"),
+        *precision_notes(found),
+        *not_run(missing),
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def speed_cells(timed):
+    """MACs without and of attention's products, frames a second; dashes for what was not timed."""
+    if timed is None:
+        return ["-", "-", "-"]
+    return [
+        f"{timed['macs_published'] / 1e9:.2f}",
+        f"{timed['macs_attention'] / 1e9:.2f}",
+        f"{timed['fps_folded']:.2f}",
+    ]
+
+
+def intervals(folder):
+    """The differences of PAIRS, seed by seed, with their interval -> markdown."""
+    rows = []
+    for name, base in PAIRS:
+        pairs = differences(read_row(folder / name), read_row(folder / base))
+        if not pairs:
+            continue
+        rows.append([
+            f"{ROWS[name][0]}, against {ROWS[base][0]}",
+            ", ".join(str(seed) for seed in pairs),
+            ", ".join(f"{100 * value:+.2f}" for value in pairs.values()),
+            f"{100 * statistics.mean(pairs.values()):+.2f}",
+            interval(pairs.values()),
+        ])
+    return markdown(["", "seeds", "differences", "mean", "95 % interval"], rows)
+
+
+def rates(folder):
+    """The baseline and what paid at several learning rates -> markdown.
+
+    mIoU on test and, by which a rate may be chosen, on val; over the seeds that all of them have.
+    """
+    found = {}
+    for name in RATE_ROWS:
+        for ending in RATES.values():
+            found[name + ending] = read_row(folder / (name + ending))
+    seeds = shared_seeds([runs for runs in found.values() if runs])
+    rows = []
+    for name in RATE_ROWS:
+        cells = [ROWS[name][0]]
+        for ending in RATES.values():
+            runs = [run for run in found[name + ending] if run.seed in seeds]
+            if runs:
+                on_test = spread(run.full["miou"] for run in runs)
+                on_val = spread(run.val for run in runs)
+                cells.append(f"{on_test} ({on_val})")
+            else:
+                cells.append("-")
+        rows.append(cells)
+    named_seeds = ", ".join(str(seed) for seed in sorted(seeds))
+    return markdown([f"learning rate, seed {named_seeds}", *RATES], rows)
+
+
+def study(folder):
+    """The KL study -> markdown: IoU per class, mean of two folds; by drives, then by frames."""
+    paragraphs = []
+    missing = []
+    for by, title in STUDY_FOLDS.items():
+        rows = []
+        for name, row_title in STUDY.items():
+            folds = []
+            for fold in (0, 1):
+                folds += read_row(folder / f"study-{by}-{fold}-{name}", has_quarter=False)
+            if len(folds) < 2:                                    # one fold is no mean of two
+                missing.append(f"{row_title}, {title}")
+                continue
+            classes = read_json(folds[0].folder / "test.json")["classes"]
+            rows.append([row_title, *study_cells(folds, len(classes)), str(steps(folds))])
+        if rows:
+            head = ["", *classes, "mIoU", "mAcc", "aAcc", "steps"]
+            paragraphs += [f"{capitalise(title)}:", markdown(head, rows)]
+    return "\n\n".join(paragraphs + not_run(missing))
+
+
+def study_cells(folds, num_classes):
+    """Percent: the folds' mean of every class's IoU, then of mIoU, mAcc and aAcc."""
+    cells = []
+    for c in range(num_classes):
+        mean = statistics.mean(run.full["iou"][c] for run in folds)
+        cells.append(f"{100 * mean:.1f}")
+    for key in ("miou", "macc", "aacc"):
+        mean = statistics.mean(run.full[key] for run in folds)
+        cells.append(f"{100 * mean:.2f}")
+    return cells
+
+
+def summary(folder):
+    """The README's table -> markdown: the longer rows, each at the best rate that it was given."""
+    found = {name: read_row(folder / name) for name in ROWS}
+    rows = []
+    for title, name in SUMMARY:
+        runs = found[name]
+        if not runs:
+            continue
+        base = baseline(found, name)
+        has_other_base = base not in (None, name)
+        precisions = " and ".join(sorted({precision(run) for run in runs}))
+        rows.append([
+            title,
+            rate(runs[0]),
+            precisions,
+            str(len(runs)),
+            spread(run.full["miou"] for run in runs),
+            difference(runs, found[base]) if has_other_base else "",
+        ])
+    return markdown(["", "learning rate", "precision", "seeds", "mIoU", "to B0"], rows)
+
+
+# ---------------------------------------------------------------- into the files
+
+TABLES = (
+    (RESULTS, "table 2", table_2),
+    (RESULTS, "intervals", intervals),
+    (RESULTS, "rates", rates),
+    (RESULTS, "study", study),
+    (README, "summary", summary),
+)
+
+
+def insert(text, name, content):
+    """-> `text` with `content` between the marks of `name`; None where it has no such marks."""
+    pattern = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        return None
+    return pattern.sub(lambda match: match[1] + content + "\n" + match[2], text)
+
+
+def write_tables(folder):
+    """Every table into its file, once all of them are made -> the files. Raises UsageError."""
+    if not read_row(folder / "b0"):
+        schedule = folder.name.removeprefix("camvid-")
+        command = f"DATA=camvid:DIR ./reproduce.sh {schedule} b0"
+        raise UsageError(f"{folder} holds no row b0 yet: {command}")
+    texts = {}
+    for path, name, make in TABLES:
+        text = texts.get(path) or path.read_text()
+        texts[path] = insert(text, name, make(folder))
+        if texts[path] is None:
+            raise UsageError(f"{path} has no mark <!-- {name}: ... -->")
+    for path, text in texts.items():
+        path.write_text(text)
+    return list(texts)
+
+
+def draw(folder):
+    """The paper's figures 4-6, of the rows that are there -> the files. Raises UsageError."""
+    from extras.plots import plot_runs
+    runs = {}
+    for name in FIGURES:
+        row = read_row(folder / name)
+        if row:
+            runs[ROWS[name][0]] = row[0]
+    folders = {title: run.folder for title, run in runs.items()}
+    results = [run.full for run in runs.values()]
+    classes = read_json(next(iter(folders.values())) / "test.json")["classes"]
+    return plot_runs(folders, results, classes, folder)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.paper_tables",
+        description="Make the tables of docs/RESULTS.md and README.md, and figures, from results/.")
+    parser.add_argument("--schedule", default="short", choices=("short", "full"),
+                        help="of reproduce.sh (default short)")
+    parser.add_argument("--figures", action="store_true",
+                        help="also draw loss, mIoU and per-class IoU (matplotlib)")
+    return parser
+
+
+def main():
+    args = build_parser().parse_args()
+    folder = Path(f"results/camvid-{args.schedule}")
+    for path in write_tables(folder):
+        print(f"{path}: tables of {folder}")
+    if args.figures:
+        for path in draw(folder):
+            print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,138 @@
+"""What a checkpoint was trained on, and whether it may be scored, or teach, on the data at hand.
+
+A checkpoint carries the names of its classes and `trained_on`: the flags --data, --fold, --folds
+and --fold-by of its training. They answer three questions:
+
+    check_classes(model, path, dataset)    are its classes the data's? else an error
+    warn_of_leak(model, path, args)        has it seen frames that are held out now? then a warning
+    choose_data(args, models)              what to score it on when no --data is given
+"""
+
+import sys
+from pathlib import Path
+
+from extras.cli import UsageError
+
+# ---------------------------------------------------------------- classes
+
+def other_classes(names, others):
+    """-> the pairs of names that stand at one place and differ in more than case."""
+    pairs = zip(names, others, strict=False)
+    return [(name, other) for name, other in pairs if name.lower() != other.lower()]
+
+
+def check_classes(model, path, dataset):
+    """Refuse a model of other classes than the data's: its scores or lessons would be nonsense."""
+    if model.num_classes != len(dataset.classes):
+        raise UsageError(f"{path} has {model.num_classes} classes, "
+                         f"the data ({dataset.name}) has {len(dataset.classes)}")
+    differ = other_classes(model.classes or (), dataset.classes)
+    if differ:
+        own, other = differ[0]
+        raise UsageError(f"{path} was trained on other classes than {dataset.name}'s: "
+                         f"its {own!r} stands where the data has {other!r}")
+
+
+# ---------------------------------------------------------------- data and folds
+
+def training_data(model):
+    """-> {"data", "fold", "folds", "fold_by"} of a model's training; None where it does not say."""
+    trained = model.trained_on
+    if not isinstance(trained, dict) or not isinstance(trained.get("data"), str):
+        return None
+    if trained.get("fold") is None:                               # then the other two say nothing
+        return {"data": trained["data"], "fold": None, "folds": None, "fold_by": None}
+    return {name: trained.get(name) for name in ("data", "fold", "folds", "fold_by")}
+
+
+def warn_of_leak(model, path, args):
+    """Warn when the folds that a model was trained on are not those of `args`: it has seen frames.
+
+    args: data, fold, folds and fold_by, as the flags of train.py and eval.py.
+    """
+    trained = training_data(model)
+    now = {name: getattr(args, name) for name in ("data", "fold", "folds", "fold_by")}
+    if trained is None or not is_same_data(trained["data"], now["data"]):
+        return
+    # The official split, in training and now: it keeps the frames apart.
+    if trained["fold"] is None and now["fold"] is None:
+        return
+    before = describe_fold(trained)
+    after = describe_fold(now)
+    if before == after:
+        return
+    moved = ""
+    if trained["data"] != now["data"]:
+        moved = f", if {trained['data']} was the same data"
+    print(f"warning: {path} was trained with {before} held out, and now it is {after}: "
+          f"it has seen frames that it is scored on{moved}", file=sys.stderr)
+
+
+def is_same_data(spec, other):
+    """Do two --data mean one data set, even if its folder was moved?"""
+    kind, _, folder = spec.partition(":")
+    other_kind, _, other_folder = other.partition(":")
+    if kind != other_kind:
+        return False
+    # There is one CamVid, wherever it lies; folders of one's own are told by their names.
+    if kind != "folder":
+        return True
+    return full_path(folder).name == full_path(other_folder).name
+
+
+def full_path(text):
+    return Path(text).expanduser().resolve()
+
+
+def describe_fold(choice):
+    """{"fold", "folds", "fold_by"} in words."""
+    if choice["fold"] is None:
+        return "the official split"
+    words = f"fold {choice['fold']} of {choice['folds']}"
+    if choice["fold_by"]:
+        words += f" by {choice['fold_by']}"
+    return words
+
+
+def choose_data(args, models):
+    """Without --data: set it, and the fold flags that were not given, to the models' training.
+
+    models: {path: model}. Raises UsageError where they do not say, or do not agree.
+    """
+    adopted = args.data is None
+    if adopted:
+        trained = common_training_data(models)
+        args.data = trained["data"]
+        for name in ("fold", "folds", "fold_by"):
+            if getattr(args, name) is None:
+                setattr(args, name, trained[name])
+    if args.folds is None:
+        args.folds = 2
+    if adopted:
+        first = next(iter(models))
+        print(f"data: {args.data}, {describe_fold(vars(args))}, as {first} was trained (no --data)")
+
+
+def common_training_data(models):
+    """{path: model} -> what the first was trained on, see `training_data`. Raises UsageError."""
+    first, *others = models
+    trained = training_data(models[first])
+    if trained is None:
+        raise UsageError(f"{first} does not say what it was trained on: "
+                         "add --data (toy, camvid:DIR, cityscapes:DIR or folder:DIR)")
+    for path in others:
+        other = training_data(models[path])
+        if other is not None and not agree(trained, other):
+            raise UsageError(f"{first} and {path} were not trained on the same data and fold: "
+                             "add --data to say what to score them on")
+    kind, _, folder = trained["data"].partition(":")
+    if kind != "toy" and not full_path(folder).is_dir():
+        raise UsageError(f"{first} was trained on {trained['data']}, which is not there: "
+                         f"add --data {kind}:DIR to say where it is now")
+    return trained
+
+
+def agree(trained, other):
+    """Are two `training_data` of one data set and fold?"""
+    same_fold = describe_fold(trained) == describe_fold(other)
+    return same_fold and is_same_data(trained["data"], other["data"])

@@ -1,0 +1,185 @@
+"""The flags of train.py: argparse, defaults, and what single flags cannot tell.
+
+What the defaults are stands in train.py (DEFAULTS, DATASET_DEFAULTS), and so do the loss terms,
+each with its flag. Here they become a command line, the same for a terminal and for train(**flags).
+"""
+
+import argparse
+import sys
+
+import torch
+
+from extras.cli import AMP_DTYPES, FlagParser, UsageError, add_fold_flags, number
+from model import NORMS, SIZES, SMALLEST
+
+POSITIVE_INTEGER = number(int, 1)
+POSITIVE = number(float, 0.0, open_low=True)
+NOT_NEGATIVE = number(float, 0.0)
+SHARE = number(float, 0.0, 1.0)
+SIDE = number(int, SMALLEST)                                      # of an image, in pixels
+
+
+class TrainFlags:
+    """defaults: {flag: value}; dataset_defaults: {kind of data: the same}, which go before those;
+    distillation_terms: the Terms of train.py that have a flag.
+    """
+
+    def __init__(self, defaults, dataset_defaults, distillation_terms):
+        self.defaults = defaults
+        self.dataset_defaults = dataset_defaults
+        self.distillation_terms = distillation_terms
+
+    def parse(self, argv):
+        """-> (args: every flag, {name: value} of those that were given). Raises UsageError."""
+        kind = self.data_kind(argv)
+        given = vars(self.build_parser(kind).parse_args(argv))
+        args = argparse.Namespace(**self.all_flags())
+        vars(args).update(self.defaults_for(kind))
+        vars(args).update(given)
+        self.check(args, given)
+
+        if "epochs" in given:
+            args.iters = None                                     # the data set's would overrule it
+        for term in self.distillation_terms:
+            if getattr(args, term.weight_name) is None:
+                weight = term.default if args.teacher else 0.0
+                setattr(args, term.weight_name, weight)
+        if args.amp == "auto" and not args.resume:
+            on_cuda = torch.cuda.is_available() and args.device.startswith(("auto", "cuda"))
+            args.amp = "fp16" if on_cuda else "off"
+        return args, given
+
+    def data_kind(self, argv):
+        """What --data says, looked at before the rest: "toy", "camvid", "cityscapes", "folder"."""
+        parser = FlagParser(prog="train.py", add_help=False)
+        parser.add_argument("--data", default=self.defaults["data"])
+        known, _ = parser.parse_known_args(argv)
+        return known.data.split(":")[0]
+
+    def defaults_for(self, kind):
+        """The paper's defaults, and over them what suits this kind of data."""
+        defaults = dict(self.defaults)
+        for term in self.distillation_terms:
+            for option in term.options:
+                defaults[option.name] = option.default
+        defaults.update(self.dataset_defaults.get(kind, {}))
+        return defaults
+
+    def all_flags(self):
+        """{every flag's name: None}"""
+        parser = self.build_parser(self.defaults["data"], argument_default=None)
+        return vars(parser.parse_args([]))
+
+    def check(self, args, given):
+        """What single flags cannot tell. Raises UsageError."""
+        for term in self.distillation_terms:
+            if given.get(term.weight_name) and not args.teacher and not args.resume:
+                raise UsageError(f"--lambda-{term.name} needs a --teacher")
+        if args.scale_range[0] > args.scale_range[1]:
+            raise UsageError("--scale-range: LO is larger than HI")
+        if given.get("iters") and given.get("epochs"):
+            raise UsageError("--iters and --epochs say the same thing: give one")
+
+    def note_unused(self, args, given):
+        """Say which of the given flags change nothing beside the others."""
+        distils = any(getattr(args, term.weight_name) for term in self.distillation_terms)
+        unused = {
+            "size": args.augment == "plain",
+            "scale_range": args.augment == "plain",
+            "folds": args.fold is None,
+            "fold_by": args.fold is None,
+            "lambda_dice": args.loss == "wce",
+            "cache": args.data == "toy",
+            "teacher": not distils,
+        }
+        for term in self.distillation_terms:
+            for option in term.options:
+                unused[option.name] = not getattr(args, term.weight_name)
+        for name, is_unused in unused.items():
+            if name in given and is_unused:
+                flag = name.replace("_", "-")
+                print(f"note: --{flag} changes nothing in this run", file=sys.stderr)
+
+    def build_parser(self, kind, argument_default=argparse.SUPPRESS):
+        """The flags, with the defaults of this kind of data in their help.
+
+        The defaults are not the parser's own: what was given must be told from what was not.
+        """
+        parser = FlagParser(
+            prog="train.py",
+            description="Train a SegFormer, with or without a teacher.",
+            epilog="Defaults are the paper's, or what suits the data: "
+                   "--data camvid:DIR --help shows those of CamVid.",
+            argument_default=argument_default)
+        defaults = self.defaults_for(kind)
+
+        def add(flag, help, **options):
+            default = defaults.get(flag.strip("-").replace("-", "_"))
+            if isinstance(default, list):
+                default = " ".join(str(item) for item in default)
+            if default is not None:
+                help = f"{help} (default: {default})"
+            parser.add_argument(flag, help=help, **options)
+
+        def add_switch(flag, help):
+            parser.add_argument(flag, help=help, action="store_true", default=argument_default)
+
+        add_experiment_flags(add)
+        for term in self.distillation_terms:
+            add(f"--lambda-{term.name}", term.help, type=NOT_NEGATIVE)
+            for option in term.options:
+                flag = "--" + option.name.replace("_", "-")
+                add(flag, option.help, type=option.type)
+        add_fold_flags(parser, argument_default)
+        add_machine_flags(add, add_switch)
+        return parser
+
+
+def add_experiment_flags(add):
+    """What makes it this experiment and no other."""
+    add("--student", "the network to train", choices=SIZES)
+    add("--init", "start the student from these weights: an ImageNet encoder, or a segmenter, "
+        "whose head is new if the classes differ (default: from scratch)", metavar="FILE")
+    add("--teacher", "checkpoint of the teacher to distil; like --init ours, Hugging Face's, "
+        "NVlabs' or TransKD's", metavar="FILE")
+    add("--data", "toy, camvid:DIR, cityscapes:DIR or folder:DIR")
+    add("--out", "the run's folder (default: runs/DATA-STUDENT, numbered)", metavar="DIR")
+    add("--iters", "optimizer steps; without it --epochs decides", type=POSITIVE_INTEGER)
+    add("--epochs", "passes over the data, when --iters is not given", type=POSITIVE_INTEGER)
+    add("--batch-size", "images of a process and forward pass", type=POSITIVE_INTEGER)
+    add("--accum", "forward passes of a step; its batch is batch-size x accum x processes",
+        type=POSITIVE_INTEGER)
+    add("--size", "resize frames to this before the augmentation, and for scoring (default: CamVid "
+        "288 384, Cityscapes 512 1024, else as they are)", type=SIDE, nargs=2, metavar=("H", "W"))
+    add("--crop", "size of a training image", type=SIDE, nargs=2, metavar=("H", "W"))
+    add("--scale-range", "random scale before the crop",
+        type=number(float, 0.0, 16, open_low=True), nargs=2, metavar=("LO", "HI"))
+    add("--augment", "segformer: scale, crop, flip, colours; plain: the paper's resize to --crop "
+        "and flip", choices=("segformer", "plain"))
+    add("--lr", "peak learning rate", type=POSITIVE)
+    add("--weight-decay", "of matrices; norms and biases have none", type=NOT_NEGATIVE)
+    add("--warmup", "share of the steps with rising learning rate", type=SHARE)
+    add("--grad-clip", "largest norm of the gradient, 0 for no clipping", type=NOT_NEGATIVE)
+    add("--norm", "ln; dyt: DyT after patch embeddings; dyt-dyl: and DyL elsewhere; dyt-dyl-ln: "
+        "but for stage ends", choices=NORMS)
+    add("--loss", "supervision: eq. 3, or eq. 14", choices=("wce", "dice-focal"))
+    add("--lambda-dice", "weight of Dice in dice-focal, focal has the rest",
+        type=SHARE)
+
+
+def add_machine_flags(add, add_switch):
+    """How and where it runs."""
+    add("--amp", "mixed precision; auto: fp16 on CUDA (untested: no GPU was to be had), else off",
+        choices=("auto", *AMP_DTYPES, "off"))
+    add_switch("--compile", "torch.compile student, losses and teacher: minutes at the first step; "
+               "meant for a GPU, on a CPU it was slower than without")
+    add("--workers", "processes that read data", type=number(int, 0))
+    add("--cache", "keep decoded frames there, 4 bytes per pixel, shared by all workers and runs "
+        "(default: decode each time)", metavar="DIR")
+    add("--seed", "of weights, order, augmentation and dropout", type=number(int, 0, 2 ** 31))
+    add("--eval-every", "steps between validations and checkpoints; without it a fortieth of the "
+        "run", type=POSITIVE_INTEGER)
+    add_switch("--tensorboard", "also write scalars and pictures for TensorBoard to the run's "
+               "folder")
+    add_switch("--resume", "go on with the run in --out, or the newest under runs/")
+    add("--device", "auto (CUDA, then MPS, then CPU), or one of them by name")
