@@ -603,8 +603,8 @@ def test_resume_finds_the_newest_run_refuses_another_experiment_and_may_grow(tmp
 
 SHARED_STEP = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
 import torch
+sys.path[:0] = [{root!r}, {tests!r}]
 import train
 from test_train import shared_step
 
@@ -736,9 +736,8 @@ def test_bf16_and_fp16_train(tmp_path, folder):
     curves = {}
     for amp in ("off", "bf16", "fp16"):
         out = tmp_path / amp
-        small = [flag if flag != "off" else amp for flag in SMALL]
-        flags = ("--data", folder, "--iters", 12, "--lr", 1e-4, "--out", out, *small)
-        command("train.py", *flags)
+        flags = ("--data", folder, "--iters", 12, "--lr", 1e-4, "--out", out, *SMALL)
+        command("train.py", *flags, "--amp", amp)
         curves[amp] = column(out, "loss")
 
     assert curves["bf16"] == pytest.approx(curves["off"], rel=0.1)
@@ -1076,6 +1075,7 @@ def test_a_norm_of_ones_own_trains_resumes_and_loads(norm, tmp_path, folder, mon
 
 def test_what_could_not_be_loaded_again_is_not_trained(tmp_path, folder, monkeypatch):
     """The step-0 checkpoint is read back before the first step."""
+
     def broken(path, num_classes=None):
         if num_classes:
             raise train.UsageError("unreachable")
@@ -1097,7 +1097,7 @@ def test_a_loss_term_is_added_in_one_place(tmp_path, folder, teacher, monkeypatc
     def gap(outputs):
         seen.append(outputs.teacher.logits is None)
         stages = zip(outputs.stages, outputs.teacher.stages, strict=True)
-        gaps = [(student - teacher).abs().mean() for student, teacher in stages]
+        gaps = [(mine - theirs).abs().mean() for mine, theirs in stages]
         return sum(gaps) * outputs.args.gap_power
 
     option = train.Option("gap_power", train.POSITIVE, 1.0, "of the gap")
