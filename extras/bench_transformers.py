@@ -355,6 +355,7 @@ def bench_step(options):
     import_transformers()
     options = options.with_two_images()
     rounds = max(options.rounds // 3, min(options.rounds, 3))     # a step is long
+    print(f"step: batch {options.batch}, median of {rounds} rounds")
     eager = replace(options, compile=False)
     first_losses = {}
     for side in SIDES:

@@ -72,6 +72,7 @@ def test_step_and_data_reach_the_json(quick, monkeypatch, tmp_path, capsys):
         assert row["cached_seconds"] > 0 and row["decoded_seconds"] > 0
     assert results["step"][-1]["macs"] > 1e8 and results["step"][-1]["arithmetic_limit"] > 0
     output = capsys.readouterr().out
+    assert "step: batch 2, median of 1 rounds" in output
     assert "arithmetic limit" in output and "memory limit" in output and "compil" not in output
 
 
