@@ -34,9 +34,7 @@ References
 """
 
 import colorsys
-import hashlib
 import importlib
-import json
 import math
 import os
 import random
@@ -247,30 +245,6 @@ def own_ids(num_classes):
 
 # ---------------------------------------------------------------- CamVid
 
-CAMVID_COLOURS = {                                                # the original 32, in the 11
-    "Sky": [(128, 128, 128)],
-    # and archway, bridge, tunnel, wall
-    "Building": [(128, 0, 0), (192, 0, 128), (0, 128, 64), (64, 0, 64), (64, 192, 0)],
-    # and traffic cone
-    "Pole": [(192, 192, 128), (0, 0, 64)],
-    # and lane marks, for driving or not
-    "Road": [(128, 64, 128), (128, 0, 192), (192, 0, 64)],
-    # and parking block, road shoulder
-    "Pavement": [(0, 0, 192), (64, 192, 128), (128, 128, 192)],
-    # and other vegetation
-    "Tree": [(128, 128, 0), (192, 192, 0)],
-    # and other text, traffic light
-    "SignSymbol": [(192, 128, 128), (128, 128, 64), (0, 64, 64)],
-    "Fence": [(64, 64, 128)],
-    # and pick-up, truck or bus, train, other that moves
-    "Car": [(64, 0, 128), (64, 128, 192), (192, 128, 192), (192, 64, 128), (128, 64, 64)],
-    # and child, cart or pram, animal
-    "Pedestrian": [(64, 64, 0), (192, 128, 64), (64, 0, 192), (64, 128, 64)],
-    # and motorcycle or scooter
-    "Bicyclist": [(0, 128, 192), (192, 0, 192)],
-    "Void": [(0, 0, 0)]}
-
-
 class CamVid(Files):
     """CamVid as SegNet, as Kaggle or as Cambridge give it away: ids, or the 32 colours."""
 
@@ -301,7 +275,8 @@ class CamVid(Files):
     def read_label_file(self, path):
         raw = read_picture(path, self.label_mode)
         if raw.ndim == 3:
-            return camvid_classes(raw, path)
+            colours = import_extra("camvid_colours", "CamVid's labels in 32 colours")
+            return colours.classes_of(raw, path)
         return self.map_ids(raw, self.lookup, path)
 
 
@@ -318,26 +293,6 @@ def camvid_split(stem):
     if drive == "0016E5" and "07959" <= frame <= "08159":
         return "val"
     return "train"
-
-
-def camvid_classes(colours, path):
-    """A label in CamVid's 32 colours (H, W, 3) -> classes and IGNORE (H, W)."""
-    def place(colour):                                            # 0..63: a channel is 0 64 128 192
-        return colour[..., 0] // 64 * 16 + colour[..., 1] // 64 * 4 + colour[..., 2] // 64
-
-    table = np.full(64, INVALID, np.uint8)
-    for class_id, group in enumerate(CAMVID_COLOURS.values()):
-        for colour in group:
-            table[place(np.array(colour))] = class_id
-    table[table == len(CAMVID)] = IGNORE                          # the last group, Void
-
-    label = table[place(colours)]
-    label[(colours % 64 != 0).any(2)] = INVALID
-    wrong = label == INVALID
-    if wrong.any():
-        colour = tuple(colours[wrong][0].tolist())
-        raise DatasetError(f"{path}: colour {colour} is none of CamVid's 32")
-    return label
 
 
 # ---------------------------------------------------------------- Cityscapes
@@ -734,43 +689,11 @@ class Stream(torch.utils.data.Dataset):
 # ---------------------------------------------------------------- how often each class occurs
 
 def pixel_counts(dataset):
-    """Labelled pixels of each class over the data set -> int64 (C,).
-
-    The labels of files are counted once. The result, some hundred bytes, is kept in
-    ~/.cache/effiseg (or $XDG_CACHE_HOME/effiseg) under a key of the files' names, sizes and dates.
-    XDG_CACHE_HOME=/dev/null keeps nothing.
-    """
-    if not isinstance(dataset, Files):
-        return count_pixels(dataset)
-    path = pixel_counts_path(dataset)
-    try:
-        return np.array(json.loads(path.read_text()), np.int64).reshape(len(dataset.classes))
-    except (OSError, ValueError):                                 # not there, or not whole
-        counts = count_pixels(dataset)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(counts.tolist()))
-    except OSError:                                               # costs time, not the run
-        pass
-    return counts
-
-
-def count_pixels(dataset):
+    """Labelled pixels of each class over the data set -> int64 (C,)."""
     counts = np.zeros(256, np.int64)
     for i in range(len(dataset)):
         counts += np.bincount(dataset.read_label(i).ravel(), minlength=256)
     return counts[:len(dataset.classes)]
-
-
-def pixel_counts_path(dataset):
-    facts = []
-    for _, label_path in dataset.paths:
-        status = label_path.stat()
-        facts.append((str(label_path.resolve()), status.st_size, status.st_mtime_ns))
-    source = json.dumps([dataset.classes, dataset.lookup.tolist(), facts])
-    key = hashlib.sha256(source.encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "effiseg" / f"{key}.json"
 
 
 # ---------------------------------------------------------------- pictures and lists

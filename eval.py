@@ -37,12 +37,10 @@ from extras.cli import (
     UsageError,
     add_fold_flags,
     keep_freed_memory,
-    make_folder,
     pick_device,
     run_command,
     show_progress,
 )
-from extras.pictures import grid, legend, overlay
 from extras.provenance import (
     check_classes,
     choose_data,
@@ -235,17 +233,6 @@ def agreement_with_fp32(model, dataset, size=None, **options):
     return same / pixels
 
 
-def order_by_score(model, dataset, **options):
-    """-> the labelled frames' indices, from the lowest mIoU of a frame by itself to the highest."""
-    found = []
-    for i in range(len(dataset)):
-        frame = torch.utils.data.Subset(dataset, [i])
-        miou = scores(evaluate(model, frame, model.input_size, **options))["miou"]
-        if not math.isnan(miou):
-            found.append((miou, i))
-    return [i for _, i in sorted(found)]
-
-
 # ---------------------------------------------------------------- the table
 
 def table(names, results, classes):
@@ -301,36 +288,6 @@ def percent(value, sign=""):
 def shorten(name, longest=24):
     """The end of a long name, which tells paths apart."""
     return name if len(name) <= longest else "..." + name[3 - longest:]
-
-
-# ---------------------------------------------------------------- pictures
-
-def draw_comparison(models, names, dataset, indices, **options):
-    """-> PIL picture: frames, truth and predictions of `models` side by side, a legend below.
-
-    options: window, stride, scales, flip of `segment`.
-    """
-    rows = []
-    for i in indices:
-        image, label = dataset[i]
-        frame = image.permute(1, 2, 0).numpy()                    # (H, W, 3)
-        row = [frame, overlay(frame, label, dataset.palette)]
-        for model in models:
-            classes = segment(model, image, model.input_size, **options)
-            row.append(overlay(frame, classes, dataset.palette))
-        rows.append(row)
-    sheet = grid(rows, ("frame", "truth", *names))
-    below = Image.fromarray(legend(dataset.classes, dataset.palette, sheet.width))
-    gap = 4
-    whole = Image.new("RGB", (sheet.width, sheet.height + gap + below.height), "white")
-    whole.paste(sheet)
-    whole.paste(below, (0, sheet.height + gap))
-    return whole
-
-
-def spread_indices(count, some):
-    """At most `some` indices, evenly over range(count)."""
-    return np.linspace(0, count - 1, min(some, count)).astype(int).tolist()
 
 
 # ---------------------------------------------------------------- the command
@@ -421,47 +378,6 @@ def no_nan(value):
     return value
 
 
-def draw(networks, dataset, args):
-    """--picture, --overlay, --strip and --plot."""
-    models = [network.model for network in networks]
-    names = [network.name for network in networks]
-    options = segment_options(args)
-
-    if args.picture:
-        indices = spread_indices(len(dataset), 4)
-        draw_comparison(models, names, dataset, indices, **options).save(args.picture)
-        print(f"picture: {args.picture}")
-
-    if args.overlay:
-        folder = make_folder(args.overlay)
-        progress = show_progress(args.overlay)
-        for i, stem in enumerate(dataset.stems):
-            picture = draw_comparison(models, names, dataset, [i], **options)
-            picture.save(folder / f"{stem}.png")
-            progress(i + 1, len(dataset))
-        print(f"{len(dataset)} pictures in {folder}")
-
-    if args.strip:
-        order = order_by_score(models[-1], dataset, **options)
-        if not order:
-            raise UsageError(f"--strip: no frame of {args.data} {args.split} has a labelled pixel "
-                             "to be scored by")
-        chosen = {"worst": order[0], "lower quartile": order[len(order) // 4],
-                  "median": order[len(order) // 2], "best": order[-1]}
-        picture = draw_comparison(models, names, dataset, chosen.values(), **options)
-        picture.save(args.strip)
-        described = [f"the {rank} ({dataset.stems[i]})" for rank, i in chosen.items()]
-        print(f"{args.strip}: by the last network's mIoU of a frame, " + ", ".join(described))
-
-    if args.plot:
-        from extras.plots import plot_all
-        paths = [network.path for network in networks]
-        results = [network.result for network in networks]
-        folder = make_folder(args.plot)
-        for path in plot_all(paths, results, dataset.classes, folder, args.names):
-            print(path)
-
-
 def build_parser():
     parser = argparse.ArgumentParser(
         description="Score checkpoints side by side on a labelled data set.")
@@ -527,7 +443,11 @@ def main():
         print_scores(networks, dataset, args)
         if args.json:
             write_json(networks, dataset, args)
-        draw(networks, dataset, args)
+        if args.picture or args.overlay or args.strip or args.plot:
+            # Here, since it imports this file.
+            from extras.comparison import draw_what_is_asked
+
+            draw_what_is_asked(networks, dataset, args)
 
 
 if __name__ == "__main__":

@@ -52,16 +52,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import CITYSCAPES, IGNORE, Augment, DatasetError, Stream, open_dataset, pixel_counts
+from data import CITYSCAPES, IGNORE, Augment, DatasetError, Stream, open_dataset
 from eval import evaluate, scores
 from extras.cli import (
     AMP_DTYPES,
     NotFinite,
-    UsageError,
     keep_freed_memory,
     run_command,
     show_progress,
 )
+from extras.compilation import compile_networks, explain_failed_compilation, no_compiling
 from extras.distributed import (
     all_reduce,
     broadcast_buffers,
@@ -71,7 +71,8 @@ from extras.distributed import (
     rank,
     world_size,
 )
-from extras.provenance import check_classes, other_classes, warn_of_leak
+from extras.pixel_counts import cached_pixel_counts
+from extras.provenance import check_classes, check_start, other_classes, warn_of_leak
 from extras.run_folder import (
     Board,
     Stop,
@@ -93,6 +94,7 @@ from extras.run_report import (
     advice,
     finish,
     held_out,
+    note_stretched_schedule,
     open_run_folder,
 )
 from extras.train_flags import NOT_NEGATIVE, POSITIVE, TrainFlags
@@ -433,8 +435,8 @@ def train(**flags):
         train(student="b0", teacher="b2.pth", data="camvid:DIR", crop=(288, 288), lambda_kl=0.5)
         train(resume=True, out="runs/camvid-b0-kd")
 
-    Raises UsageError, DatasetError or CheckpointError for a mistake, NotFinite for a loss that
-    broke, and Stopped, after saving, for Ctrl-C.
+    Raises UsageError (of extras.cli), DatasetError or CheckpointError for a mistake, NotFinite for
+    a loss that broke, and Stopped, after saving, for Ctrl-C.
     """
     argv = []
     for name, value in flags.items():
@@ -478,13 +480,6 @@ def run_training(args, given):
     if dist.is_initialized():
         dist.destroy_process_group()
     return Result(run.progress["best_scores"], run.progress["teacher_scores"], run.folder)
-
-
-def no_compiling(args):
-    """The last four pictures are not worth a compilation."""
-    if args.compile:
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
 
 
 def seed_step(seed, step):
@@ -574,7 +569,8 @@ def prepare(args, given):
         folder, saved = find_run(args.out)
         stored = saved["training"]["args"]
         args = argparse.Namespace(**merge_resumed_flags(FLAGS.all_flags(), stored, given))
-        note_stretched_schedule(args, stored, saved["training"]["step"], folder)
+        step = saved["training"]["step"]
+        note_stretched_schedule(args, stored, step, folder, learning_rate)
     else:
         FLAGS.note_unused(args, given)
     if args.tensorboard:
@@ -586,7 +582,7 @@ def prepare(args, given):
     settle_schedule(args, len(train_set), total_batch)
     if saved:
         check_schedule(args, saved["training"], total_batch, folder)
-    pixel_counts(val_set)                              # reads every label
+    cached_pixel_counts(val_set)                              # reads every label
     train_set.quick_check()
     val_set.quick_check()
 
@@ -686,13 +682,7 @@ def make_student(args, classes, resumed):
         return segformer(args.student, len(classes), NORMS[args.norm])
 
     student = load_checkpoint(path, len(classes))
-    if student.variant != args.student:
-        raise UsageError(f"{path} is a SegFormer-{student.variant.upper()}: "
-                         f"it cannot start a --student {args.student}")
-    if student.norm_fn is not NORMS[args.norm]:
-        names = [name for name, norm_fn in NORMS.items() if norm_fn is student.norm_fn]
-        raise UsageError(f"{path} has the norms {names[0]!r}: "
-                         f"its weights mean nothing to a student with --norm {args.norm}")
+    check_start(student, path, args)
     if student.classes and other_classes(student.classes, classes):
         student.decoder.classifier.reset_parameters()
         print(f"{path}: its classes have other names than the data's, so the head is new")
@@ -703,7 +693,7 @@ def choose_class_weights(args, train_set):
     """The paper's constants for Cityscapes, else counted on the training labels. -> (C,)"""
     if args.data.startswith("cityscapes") and args.fold is None:
         return torch.tensor([weight for _, _, weight in CITYSCAPES.values()])
-    return class_weights(pixel_counts(train_set))
+    return class_weights(cached_pixel_counts(train_set))
 
 
 def make_optimizer(objective, args, device):
@@ -752,15 +742,6 @@ def score_teacher(run):
           f"on {run.val_set.name} {held_out(run.args)}, full resolution", flush=True)
 
 
-def compile_networks(run):
-    """--compile: the student with its losses, and the teacher. Validation stays eager."""
-    torch._inductor.config.fallback_random = True      # eager's random numbers: the same curve
-    run.objective.compile(dynamic=False)
-    if run.teacher is not None:
-        run.teacher.features = torch.compile(run.teacher.features, dynamic=False)
-        run.teacher.encode = torch.compile(run.teacher.encode, dynamic=False)
-
-
 def make_loader(run):
     """The batches of this process, from step `start` to the end.
 
@@ -787,29 +768,6 @@ def make_loader(run):
 # ------------------------------ flags
 
 FLAGS = TrainFlags(DEFAULTS, DATASET_DEFAULTS, DISTILLATION)
-
-
-def note_stretched_schedule(args, stored, step, folder):
-    """A longer --iters changes the learning rate of the steps to come: say from what to what."""
-    if not args.iters or not stored.get("iters") or args.iters == stored["iters"]:
-        return
-    before = learning_rate(step, stored["iters"], args.lr, args.warmup)
-    now = learning_rate(step, args.iters, args.lr, args.warmup)
-    print(f"note: {folder} was begun with --iters {stored['iters']}; with {args.iters} its "
-          f"schedule is stretched: the next step has learning rate {now:.2e} in place of "
-          f"{before:.2e}, so the run is not the one that either number alone would have made",
-          file=sys.stderr)
-
-
-def explain_failed_compilation(error):
-    """Raise UsageError if `error`, a RuntimeError, is torch.compile's.
-
-    It is told by its module's name: to import its class takes a second.
-    """
-    if type(error).__module__.startswith("torch._"):
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"--compile failed ({reason}); it needs a C++ compiler on a CPU, Triton "
-                         "on CUDA: install it, or leave --compile out") from None
 
 
 def main():

@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 import torch
 
-from model import MEAN, SIZES, STD, CheckpointError, check_tensors, read_checkpoint
+from extras.checkpoint_checks import check_tensors
+from model import MEAN, SIZES, STD, CheckpointError, read_checkpoint
 
 MAX_HEADER = 100_000_000                                          # bytes: the format's own limit
 CITYSCAPES_AND_VOID = 20                                          # outputs

@@ -9,8 +9,9 @@ import time
 import numpy as np
 import torch
 
-from eval import draw_comparison, spread_indices, table
+from eval import table
 from extras.cli import NotFinite
+from extras.comparison import draw_comparison, spread_indices
 from extras.distributed import rank, world_size
 from extras.run_folder import Log, choose_folder, git_commit
 from model import load_checkpoint
@@ -186,6 +187,22 @@ def find_problem(terms, norm, skips):
         return (f"the gradient overflowed fp16 in {MAX_SKIPS} steps in a row, "
                 "though the scaler halved its scale each time")
     return None
+
+
+def note_stretched_schedule(args, stored, step, folder, learning_rate):
+    """A longer --iters changes the learning rate of the steps to come: say from what to what.
+
+    stored: the flags that the run was begun with
+    learning_rate(step, iters, peak, warmup): train.py's
+    """
+    if not args.iters or not stored.get("iters") or args.iters == stored["iters"]:
+        return
+    before = learning_rate(step, stored["iters"], args.lr, args.warmup)
+    now = learning_rate(step, args.iters, args.lr, args.warmup)
+    print(f"note: {folder} was begun with --iters {stored['iters']}; with {args.iters} its "
+          f"schedule is stretched: the next step has learning rate {now:.2e} in place of "
+          f"{before:.2e}, so the run is not the one that either number alone would have made",
+          file=sys.stderr)
 
 
 def advice(folder):

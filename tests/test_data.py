@@ -2,7 +2,6 @@
 stream, and every bad input."""
 
 import hashlib
-import json
 import shutil
 import sys
 import time
@@ -28,6 +27,7 @@ from data import (
     pixel_counts,
     read_picture,
 )
+from extras.camvid_colours import CAMVID_COLOURS
 from extras.toy_scenes import draw_scene
 from small_datasets import (
     BROKEN_FOLDERS,
@@ -209,7 +209,7 @@ def write_camvid_in_colours(root, layout):
     """A frame for each split, every colour a column -> {split: stem}, the classes of the columns,
     the path of the last label."""
     columns = []
-    for name, group in data.CAMVID_COLOURS.items():
+    for name, group in CAMVID_COLOURS.items():
         class_id = IGNORE if name == "Void" else list(data.CAMVID).index(name)
         columns += [(colour, class_id) for colour in group]
     assert len(columns) == len(dict(columns)) == 32
@@ -458,49 +458,6 @@ def test_stream_is_that_of_the_first_version(split, augment, expected):
     and flip were drawn; images are left to the same numbers, as other CPUs round them otherwise."""
     stream = Stream(open_dataset("toy", split), augment, seed=3)
     assert [sha(stream[n][1].numpy()) for n in (0, 1, 777)] == expected
-
-
-# ---------------------------------------------------------------- counts of pixels
-
-def test_pixel_counts_are_cached_until_a_label_changes(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    spec = write_folder(tmp_path / "set")
-    dataset = open_dataset(spec, "train")
-    first = pixel_counts(dataset)
-    labels = [dataset[i][1] for i in range(len(dataset))]
-    assert first.sum() == sum(int((label != IGNORE).sum()) for label in labels)
-    with monkeypatch.context() as patch:
-        patch.setattr(data.Files, "read_label", None)             # reading again would fail
-        assert pixel_counts(dataset).tolist() == first.tolist()
-    save(tmp_path / "set" / "labels" / "frame_0.png", np.zeros((40, 48), np.uint8))
-    assert pixel_counts(dataset)[0] > first[0]
-
-
-def test_pixel_counts_of_the_first_version_are_read(folder, tmp_path, monkeypatch):
-    """Its key: the classes, the table of ids, and each label's path, size and date."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    dataset = open_dataset(folder, "train")
-    facts = []
-    for _, path in dataset.paths:
-        status = path.stat()
-        facts.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    table = [0, 1, 2] + [254] * 252 + [255]
-    source = json.dumps([["class 0", "class 1", "class 2"], table, facts])
-    key = hashlib.sha256(source.encode()).hexdigest()[:24]
-    kept = tmp_path / "cache" / "effiseg" / f"{key}.json"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("[5, 6, 7]")
-    assert pixel_counts(dataset).tolist() == [5, 6, 7]
-    kept.write_text("[5, 6")                                      # cut off: counted again
-    counts = pixel_counts(dataset).tolist()
-    assert sum(counts) > 18 and json.loads(kept.read_text()) == counts
-
-
-def test_pixel_counts_can_be_told_to_keep_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert pixel_counts(open_dataset(folder, "train")).sum() > 0
-    assert not (tmp_path / "home").exists()
 
 
 # ---------------------------------------------------------------- bad input

@@ -14,14 +14,13 @@ from conftest import command
 from data import IGNORE, open_dataset
 from eval import (
     confusion_matrix,
-    draw_comparison,
     evaluate,
     no_nan,
     scores,
     segment,
-    spread_indices,
     table,
 )
+from extras.comparison import draw_comparison, spread_indices
 from extras.provenance import warn_of_leak
 from model import load_checkpoint, save_checkpoint, segformer
 

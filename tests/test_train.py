@@ -21,6 +21,7 @@ import data
 import train
 from conftest import CAMVID, ROOT, command, wait_for_step, write_folder
 from extras import run_folder, run_report
+from extras.cli import UsageError
 from losses import IGNORE, Projections, weighted_cross_entropy
 from model import SIZES, load_checkpoint, save_checkpoint, segformer
 from nvlabs import Flat
@@ -693,6 +694,7 @@ import os
 import sys
 sys.path.insert(0, {root!r})
 import train
+from extras.cli import UsageError
 
 step = train.train_step
 second_process = os.environ["RANK"] == "1"
@@ -701,7 +703,7 @@ first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 def faulty(*args):
     faulty.steps += 1
     if faulty.steps == 4 and second_process and first_start:
-        raise train.UsageError("this machine is broken")
+        raise UsageError("this machine is broken")
     return step(*args)
 
 faulty.steps = 0
@@ -1031,7 +1033,7 @@ def test_train_from_python_is_the_command(tmp_path, folder):
         ({"frobnicate": True}, "unrecognized"),
     )
     for mistake, sentence in mistakes:
-        with pytest.raises(train.UsageError, match=sentence):
+        with pytest.raises(UsageError, match=sentence):
             train.train(**mistake)
 
 
@@ -1078,12 +1080,12 @@ def test_what_could_not_be_loaded_again_is_not_trained(tmp_path, folder, monkeyp
 
     def broken(path, num_classes=None):
         if num_classes:
-            raise train.UsageError("unreachable")
+            raise UsageError("unreachable")
         raise run_folder.CheckpointError(f"{path} is damaged")
 
     monkeypatch.setattr(run_folder, "load_checkpoint", broken)
     out = tmp_path / "run"
-    with pytest.raises(train.UsageError, match="what this run would save cannot be loaded again"):
+    with pytest.raises(UsageError, match="what this run would save cannot be loaded again"):
         train_with("--data", folder, "--iters", 5, *SMALL, "--out", out)
     assert log(out) == []
 
@@ -1121,7 +1123,7 @@ def test_a_loss_term_is_added_in_one_place(tmp_path, folder, teacher, monkeypatc
     assert list(log(out)[0]) == ["step", "lr", "loss", "wce", "gap", "grad_norm"]
     assert all(seen)  # the teacher's decoder did not run
 
-    with pytest.raises(train.UsageError, match="--lambda-gap needs a --teacher"):
+    with pytest.raises(UsageError, match="--lambda-gap needs a --teacher"):
         train_with(*flags)
 
 
