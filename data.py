@@ -102,6 +102,7 @@ class Dataset:
         self.classes = list(colours)
         self.palette = [tuple(colour) for colour in colours.values()]
         self.size = size
+        self.frames = {}
         self.stems = []
         self.transform = None
 
@@ -117,6 +118,7 @@ class Dataset:
         return frames
 
     def use_frames(self, frames):
+        self.frames = frames
         self.stems = list(frames)
 
     def use_cache(self, folder):
@@ -188,6 +190,8 @@ class Files(Dataset):
     def use_frames(self, frames):
         super().use_frames(frames)
         self.paths = list(frames.values())
+        if self.cache:
+            self.use_cache(self.cache.folder)
 
     def use_cache(self, folder):
         frame_cache = import_extra("frame_cache", "a cache of decoded frames")

@@ -54,6 +54,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import CITYSCAPES, IGNORE, Augment, DatasetError, Stream, open_dataset
 from eval import evaluate, scores
+from extras import other_losses
 from extras.cli import (
     AMP_DTYPES,
     NotFinite,
@@ -71,6 +72,7 @@ from extras.distributed import (
     rank,
     world_size,
 )
+from extras.few_labels import MixedStream, Unlabelled, split_labelled, taught_pixels
 from extras.pixel_counts import cached_pixel_counts
 from extras.provenance import check_classes, check_start, other_classes, warn_of_leak
 from extras.run_folder import (
@@ -98,6 +100,7 @@ from extras.run_report import (
     open_run_folder,
 )
 from extras.train_flags import NOT_NEGATIVE, POSITIVE, TrainFlags
+from extras.weight_average import WeightAverage
 from losses import (
     Projections,
     class_weights,
@@ -127,6 +130,7 @@ DEFAULTS = {
     "grad_clip": 1.0,
     "norm": "ln",
     "loss": "wce",
+    "class_weights": "enet",
     "lambda_dice": 0.5,
     "folds": 2,
     "amp": "auto",
@@ -163,6 +167,7 @@ class Outputs(NamedTuple):
     stages: list | None                                # the student's, projected to the teacher's
     patch_embeds: list | None                          # the same of its patch embeddings
     labels: torch.Tensor                               # (B, H, W)
+    taught: torch.Tensor                               # the same for KL: see --labelled
     class_weight: torch.Tensor                         # (C,)
     args: argparse.Namespace
 
@@ -181,7 +186,7 @@ def focal_term(outputs):
 
 def kl_term(outputs):
     student, teacher = outputs.student.logits, outputs.teacher.logits
-    return kl_distillation(student, teacher, outputs.args.temperature, outputs.labels)
+    return kl_distillation(student, teacher, outputs.args.temperature, outputs.taught)
 
 
 def fd_term(outputs):
@@ -208,7 +213,7 @@ class Term(NamedTuple):
     """A term of the loss: its flag (if it is of distillation), checks and log column follow."""
     name: str                                          # its column; its flag is --lambda-NAME
     compute: Callable                                  # compute(Outputs) -> scalar
-    mean_over: str                                     # "class weights", "pixels" or "images"
+    mean_over: str                                     # see loss_denominators
     teacher_reads: str | None = None                   # "logits", "stages" or "patch_embeds"
     default: float = 0.0                               # its weight where there is a teacher
     help: str = ""
@@ -226,7 +231,7 @@ SUPERVISION = (
     Term("focal", focal_term, mean_over="pixels"),
 )
 DISTILLATION = (
-    Term("kl", kl_term, mean_over="pixels", teacher_reads="logits",
+    Term("kl", kl_term, mean_over="taught pixels", teacher_reads="logits",
          help="weight of KL distillation (default: 0)",
          options=(Option("temperature", POSITIVE, 1.0, "of KL distillation"),)),
     Term("fd", fd_term, mean_over="images", teacher_reads="stages", default=1.0,
@@ -235,20 +240,41 @@ DISTILLATION = (
                   Option("lambda_s", NOT_NEGATIVE, 0.5, "weight of CSKD's cosines"))),
     Term("pe", pe_term, mean_over="images", teacher_reads="patch_embeds", default=1.0,
          help="weight of PEKD on the patch embeddings (default: 1 with a teacher)"),
+    # What others use, to compare with.
+    Term("cosine", other_losses.cosine_term, mean_over="images", teacher_reads="stages",
+         help="weight of plain cosines of the stages' pixels (default: 0)"),
+    Term("gcos", other_losses.global_cosine_term, mean_over="images", teacher_reads="stages",
+         help="weight of one cosine a stage and image (default: 0)"),
+    Term("cwd", other_losses.channel_term, mean_over="images", teacher_reads="logits",
+         help="weight of CWD on the logits (default: 0)",
+         options=(Option("cwd_temperature", POSITIVE, 4.0, "of CWD"),)),
+    Term("dist", other_losses.relation_term, mean_over="images", teacher_reads="logits",
+         help="weight of DIST on the logits (default: 0)"),
+    Term("zkl", other_losses.standardised_kl_term, mean_over="taught pixels",
+         teacher_reads="logits", help="weight of KL on z-scored logits (default: 0)",
+         options=(Option("zkl_temperature", POSITIVE, 2.0, "of KL on z-scored logits"),)),
 )
 TERMS = {term.name: term for term in (*SUPERVISION, *DISTILLATION)}
 
 
 def loss_weights(args):
     """{term: its weight in the total}, eq. 9 and 14. A term of weight 0 is not computed."""
-    if args.loss == "wce":
-        weights = {"wce": 1.0}
-    else:
-        weights = {"dice": args.lambda_dice, "focal": 1 - args.lambda_dice}
+    supervision = {
+        "wce": {"wce": 1.0},
+        "wce-dice": {"wce": 1.0, "dice": args.lambda_dice},
+        "dice-focal": {"dice": args.lambda_dice, "focal": 1 - args.lambda_dice},
+        "none": {},                                    # the teacher alone
+    }
+    weights = supervision[args.loss]
     if args.teacher:
         for term in DISTILLATION:
             weights[term.name] = getattr(args, term.weight_name)
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def reads_student_logits(term):
+    """Supervision does, and what compares logits with the teacher's."""
+    return term.teacher_reads in (None, "logits")
 
 
 class Objective(nn.Module):
@@ -265,8 +291,10 @@ class Objective(nn.Module):
         self.weights = loss_weights(args)
         self.teacher_parts = {TERMS[name].teacher_reads for name in self.weights}
         self.register_buffer("class_weight", class_weight)
+        # What no loss reads gets no gradient: it is not trained.
+        reads_logits = any(reads_student_logits(TERMS[name]) for name in self.weights)
+        student.decoder.requires_grad_(reads_logits)
         if projections is not None:
-            # What no loss reads gets no gradient: it is not trained.
             projections.stages.requires_grad_("stages" in self.teacher_parts)
             projections.patch_embeds.requires_grad_("patch_embeds" in self.teacher_parts)
 
@@ -276,8 +304,9 @@ class Objective(nn.Module):
         stages, patch_embeds = None, None
         if "stages" in self.teacher_parts or "patch_embeds" in self.teacher_parts:
             stages, patch_embeds = self.projections(student.stages, student.patch_embeds)
+        taught = taught_pixels(labels) if self.args.labelled else labels
         outputs = Outputs(
-            student, teacher, stages, patch_embeds, labels, self.class_weight, self.args)
+            student, teacher, stages, patch_embeds, labels, taught, self.class_weight, self.args)
         return {name: TERMS[name].compute(outputs) for name in self.weights}
 
 
@@ -307,7 +336,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler                       # does something in fp16 only
     parallel: nn.Module                                # the objective; under torchrun, inside DDP
+    average: WeightAverage | None = None               # of the student's weights, with --ema
     train_set: object = None
+    unlabelled_set: object = None                      # frames that only the teacher labels
     val_set: object = None
     total_batch: int = 0                               # images of a step, over all processes
     start: int = 0                                     # steps that were done before
@@ -321,6 +352,11 @@ class Run:
     @property
     def student(self):
         return self.objective.student
+
+    @property
+    def network(self):
+        """What is scored and kept: the student, or with --ema the average of its weights."""
+        return self.student if self.average is None else self.average.model
 
     def autocast(self):
         """Mixed precision as --amp says; nothing when it is off."""
@@ -378,9 +414,11 @@ def loss_denominators(labels, objective):
     """
     valid = labels != IGNORE
     weight_of_pixels = objective.class_weight[labels[valid].long()].sum()
+    taught = taught_pixels(labels) if objective.args.labelled else labels
     denominators = {
         "class weights": weight_of_pixels,
         "pixels": valid.sum(),
+        "taught pixels": (taught != IGNORE).sum(),
         "images": torch.ones_like(weight_of_pixels),              # the parts are equally large
     }
     return torch.stack([denominators[TERMS[name].mean_over].float() for name in objective.weights])
@@ -460,6 +498,8 @@ def run_training(args, given):
             seed_step(run.args.seed, step)
             images, labels = next_batch(run, step, stop)
             values = take_step(run, step, images, labels)
+            if run.average is not None:
+                run.average.update(run.student, step)
             run.loss_log.add(done, lr, values)
 
             is_validated = done % run.args.eval_every == 0 or done == run.args.iters
@@ -539,16 +579,16 @@ def take_step(run, step, images, labels):
 
 
 def validate(run, step):
-    """Score the student on the validation split, and keep it if it is the best so far."""
+    """Score the network on the validation split, and keep it if it is the best so far."""
     # A network that is broken raises NotFinite here, before anything is saved.
-    result = evaluate_together(run.student, run.val_set, show_progress("val"))
+    result = evaluate_together(run.network, run.val_set, show_progress("val"))
     best = run.progress["best_scores"]
     is_better = best is None or result["miou"] > best["miou"]
     if is_better:
         run.progress["best_scores"] = result | {"step": step}
     run.score_log.add(step, result, is_better)
     if is_better and rank() == 0:
-        save_checkpoint(run.student, run.folder / "best.pth", scores=result, step=step)
+        save_checkpoint(run.network, run.folder / "best.pth", scores=result, step=step)
 
 
 def evaluate_together(model, dataset, progress=None):
@@ -577,27 +617,28 @@ def prepare(args, given):
         summary_writer()                               # absent: said before anything is done
     device = join_processes(args.device)
 
-    train_set, val_set = open_splits(args)
+    train_set, unlabelled_set, val_set = open_splits(args)
     total_batch = args.batch_size * args.accum * world_size()
     settle_schedule(args, len(train_set), total_batch)
     if saved:
         check_schedule(args, saved["training"], total_batch, folder)
-    cached_pixel_counts(val_set)                              # reads every label
-    train_set.quick_check()
-    val_set.quick_check()
+    cached_pixel_counts(val_set)                       # reads every label
 
     resumed = folder / "last.pth" if saved else None
     student, teacher, objective = make_networks(args, train_set, device, resumed)
     optimizer = make_optimizer(objective, args, device)
     check_owned(objective, optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and device.type != "mps")
+    average = WeightAverage(student, args.ema) if args.ema else None
     progress = new_progress()
     if saved:
         progress = restore(saved["training"], objective, optimizer, scaler)
     del saved                                          # its tensors need not stay in memory
 
     run = Run(args, device, objective, teacher, optimizer, scaler, parallel=objective)
+    run.average = average
     run.train_set = train_set
+    run.unlabelled_set = unlabelled_set
     run.val_set = val_set
     run.total_batch = total_batch
     run.progress = progress
@@ -627,12 +668,20 @@ def open_logs(run):
 
 
 def open_splits(args):
-    """-> the data sets to train and to validate on."""
+    """-> the data sets to train on; of frames that the teacher alone labels, or None; to validate
+    on. A quick look at every file is taken."""
     splits = []
     for split in ("train", "val"):
-        splits.append(open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by,
-                                   cache=args.cache, size=args.size))
-    return splits
+        dataset = open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by,
+                               cache=args.cache, size=args.size)
+        dataset.quick_check()
+        splits.append(dataset)
+    train_set, val_set = splits
+    unlabelled_set = None
+    if args.labelled:
+        train_set, others = split_labelled(train_set, args.labelled)
+        unlabelled_set = others if args.teacher else None
+    return train_set, unlabelled_set, val_set
 
 
 def settle_schedule(args, train_frames, total_batch):
@@ -691,9 +740,15 @@ def make_student(args, classes, resumed):
 
 def choose_class_weights(args, train_set):
     """The paper's constants for Cityscapes, else counted on the training labels. -> (C,)"""
-    if args.data.startswith("cityscapes") and args.fold is None:
+    is_papers = args.fold is None and args.labelled is None and args.class_weights in (None, "enet")
+    if args.data.startswith("cityscapes") and is_papers:
         return torch.tensor([weight for _, _, weight in CITYSCAPES.values()])
-    return class_weights(cached_pixel_counts(train_set))
+    counts = cached_pixel_counts(train_set)
+    if args.class_weights == "none":
+        return torch.ones(len(counts))
+    if args.class_weights == "sqrt":
+        return other_losses.square_root_weights(counts)
+    return class_weights(counts)
 
 
 def make_optimizer(objective, args, device):
@@ -750,6 +805,9 @@ def make_loader(run):
     args = run.args
     augment = Augment(args.crop, run.train_set.size, args.scale_range, args.augment)
     stream = Stream(run.train_set, augment, args.seed)
+    if run.unlabelled_set is not None:
+        others = Stream(Unlabelled(run.unlabelled_set), augment, args.seed)
+        stream = MixedStream(stream, others)
     local_batch = args.batch_size * args.accum
     batches = []
     for step in range(run.start, args.iters):

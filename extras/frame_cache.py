@@ -36,6 +36,7 @@ class FrameCache:
         except OSError as error:
             raise DatasetError(f"{folder}: no folder for decoded frames can be made there "
                                f"({error.strerror})") from None
+        self.folder = folder
         self.paths = paths
         self.files = [folder / file_name(*pair, lookup) for pair in paths]
 

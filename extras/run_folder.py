@@ -157,6 +157,8 @@ def restore(state, objective, optimizer, scaler):
     """Put the training state of a last.pth beside the student's weights. -> its progress"""
     if objective.projections is not None:
         objective.projections.load_state_dict(state["projections"])
+    if "student" in state:                             # beside its average, with --ema
+        objective.student.load_state_dict(state["student"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     progress = new_progress()
@@ -179,7 +181,9 @@ def save(run, step):
         scaler=run.scaler.state_dict(),
         projections=projections.state_dict() if projections is not None else None,
     )
-    save_last(run.student, run.folder, training)
+    if run.average is not None:                        # the file's network is the average
+        training["student"] = run.student.state_dict()
+    save_last(run.network, run.folder, training)
 
 
 def save_last(student, folder, training):

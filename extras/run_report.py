@@ -44,6 +44,7 @@ def write_recipe(run):
         class_weights=[round(weight, 4) for weight in run.objective.class_weight.tolist()],
         classes=run.train_set.classes,
         train_frames=len(run.train_set),
+        unlabelled_frames=len(run.unlabelled_set) if run.unlabelled_set is not None else 0,
         val_frames=len(run.val_set),
         input_size=run.student.input_size,
         parameters=sum(parameter.numel() for parameter in run.student.parameters()),
@@ -69,12 +70,16 @@ def print_recipe(run, recipe):
     origin = f"from {args.init}" if args.init else "from scratch"
     parts = [f"{weight:g} {name}" for name, weight in run.objective.weights.items()]
     terms = " + ".join(parts)
-    epochs = args.iters * run.total_batch / len(run.train_set)
+    frames = recipe["train_frames"] + recipe["unlabelled_frames"]
+    epochs = args.iters * run.total_batch / frames
+    unlabelled = ""
+    if recipe["unlabelled_frames"]:
+        unlabelled = f" and {recipe['unlabelled_frames']} unlabelled"
     resuming = f"; resuming after step {run.start}" if run.start else ""
 
-    print(f"{run.train_set.name}: {len(run.train_set)} train, {len(run.val_set)} val frames, "
-          f"{len(run.train_set.classes)} classes; crops {args.crop[0]}x{args.crop[1]}, "
-          f"{args.augment} augmentation")
+    print(f"{run.train_set.name}: {len(run.train_set)} train{unlabelled}, "
+          f"{len(run.val_set)} val frames, {len(run.train_set.classes)} classes; "
+          f"crops {args.crop[0]}x{args.crop[1]}, {args.augment} augmentation")
     print(f"student SegFormer-{args.student.upper()} {origin}, norm {args.norm}, "
           f"{recipe['parameters']:,} parameters, on {run.device}, amp {args.amp}")
     print(f"loss = {terms}; AdamW, lr {args.lr:g} with {100 * args.warmup:g} % warm-up, "
@@ -251,7 +256,7 @@ class ScoreLog:
         self.log.add([row])
         run.board.add_rows("val", self.columns, [row])
         if run.board.writer:
-            picture = draw_validation(run, [run.student.fold()], ["student"], frames=2)
+            picture = draw_validation(run, [run.network.fold()], ["student"], frames=2)
             run.board.add_picture(step, np.asarray(picture))
 
 

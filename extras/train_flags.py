@@ -44,6 +44,8 @@ class TrainFlags:
             if getattr(args, term.weight_name) is None:
                 weight = term.default if args.teacher else 0.0
                 setattr(args, term.weight_name, weight)
+        if args.loss == "none" and not args.resume:
+            self.check_teacher_alone(args)
         if args.amp == "auto" and not args.resume:
             on_cuda = torch.cuda.is_available() and args.device.startswith(("auto", "cuda"))
             args.amp = "fp16" if on_cuda else "off"
@@ -80,6 +82,15 @@ class TrainFlags:
         if given.get("iters") and given.get("epochs"):
             raise UsageError("--iters and --epochs say the same thing: give one")
 
+    def check_teacher_alone(self, args):
+        """--loss none: what is left must reach every stage. Raises UsageError."""
+        for term in self.distillation_terms:
+            reaches_all = term.teacher_reads in ("stages", "logits")
+            if reaches_all and getattr(args, term.weight_name):
+                return
+        raise UsageError("--loss none leaves too little to learn from: it needs a --teacher, and a "
+                         "loss on its stages or its logits, such as --lambda-fd 1")
+
     def note_unused(self, args, given):
         """Say which of the given flags change nothing beside the others."""
         distils = any(getattr(args, term.weight_name) for term in self.distillation_terms)
@@ -88,7 +99,8 @@ class TrainFlags:
             "scale_range": args.augment == "plain",
             "folds": args.fold is None,
             "fold_by": args.fold is None,
-            "lambda_dice": args.loss == "wce",
+            "lambda_dice": args.loss in ("wce", "none"),
+            "class_weights": args.loss == "none",
             "cache": args.data == "toy",
             "teacher": not distils,
         }
@@ -162,9 +174,17 @@ def add_experiment_flags(add):
     add("--grad-clip", "largest norm of the gradient, 0 for no clipping", type=NOT_NEGATIVE)
     add("--norm", "ln; dyt: DyT after patch embeddings; dyt-dyl: and DyL elsewhere; dyt-dyl-ln: "
         "but for stage ends", choices=NORMS)
-    add("--loss", "supervision: eq. 3, or eq. 14", choices=("wce", "dice-focal"))
-    add("--lambda-dice", "weight of Dice in dice-focal, focal has the rest",
-        type=SHARE)
+    add("--loss", "supervision: eq. 3; eq. 14; eq. 3 and Dice; or none, the teacher alone",
+        choices=("wce", "dice-focal", "wce-dice", "none"))
+    add("--lambda-dice", "weight of Dice: in dice-focal focal has the rest, in wce-dice eq. 3 "
+        "stays whole", type=SHARE)
+    add("--class-weights", "enet: 1 / ln(1.10 + share), the paper's; sqrt: 1 / sqrt(share); none",
+        choices=("enet", "sqrt", "none"))
+    add("--ema", "score and keep an average of the weights that decays by this a step, for example "
+        "0.999 (default: the weights themselves)", type=number(float, 0.0, 0.99999, open_low=True))
+    add("--labelled", "use the labels of this share of the train frames, the first of each drive; "
+        "the others are left out, or with a teacher taught by it alone, half of each batch "
+        "(default: all)", type=number(float, 0.0, 1.0, open_low=True))
 
 
 def add_machine_flags(add, add_switch):

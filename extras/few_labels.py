@@ -1,0 +1,82 @@
+"""Few labels, many frames: train.py --labelled SHARE.
+
+Only the first SHARE of every drive's frames keep their labels. Without a teacher they are all that
+is trained on. With one, half of each batch are labelled frames and half are the others, which the
+teacher alone teaches: their labels are not looked at, by the losses or by the crop.
+
+    labelled, others = split_labelled(dataset, 0.25)
+    stream = MixedStream(Stream(labelled, augment, seed), Stream(Unlabelled(others), augment, seed))
+"""
+
+import copy
+import math
+
+import torch
+
+from data import IGNORE
+from extras.cli import UsageError
+
+
+def split_labelled(dataset, share):
+    """-> (the frames that keep their labels, all others): two data sets of the same kind.
+
+    Raises UsageError where one of them would be empty.
+    """
+    kept = set(first_of_each_drive(dataset.stems, share))
+    frames = dataset.frames
+    labelled = copy.copy(dataset)
+    labelled.use_frames({stem: frames[stem] for stem in dataset.stems if stem in kept})
+    others = copy.copy(dataset)
+    others.use_frames({stem: frames[stem] for stem in dataset.stems if stem not in kept})
+    if not len(labelled) or not len(others):
+        raise UsageError(f"--labelled {share:g} of {len(dataset)} frames leaves {len(labelled)} "
+                         f"with labels and {len(others)} without: both are needed")
+    return labelled, others
+
+
+def first_of_each_drive(stems, share):
+    """The first `share` of the frames of each drive, which is told by the part of a stem before _;
+    of all frames, where that tells none. -> stems"""
+    drives = {}
+    for stem in sorted(stems):
+        drive = stem.split("_")[0]
+        drives.setdefault(drive, []).append(stem)
+    if len(drives) == len(stems):
+        drives = {"all": sorted(stems)}
+    kept = []
+    for frames in drives.values():
+        kept += frames[:math.ceil(share * len(frames))]
+    return kept
+
+
+class Unlabelled(torch.utils.data.Dataset):
+    """A data set's images; every label is void."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        image, label = self.dataset[i]                            # (3, H, W), (H, W)
+        return image, torch.full_like(label, IGNORE)
+
+
+class MixedStream(torch.utils.data.Dataset):
+    """Samples of two endless streams in turn: of the first for even n, of the second for odd n."""
+
+    def __init__(self, first, second):
+        self.streams = (first, second)
+
+    def __getitem__(self, n):
+        place, which = divmod(n, 2)
+        return self.streams[which][place]
+
+
+def taught_pixels(labels):
+    """Labels (B, H, W) as a loss sees them that needs no labels: in a frame that is void all over,
+    one without labels, every pixel counts (class 0 stands there, and is not looked at).
+    """
+    is_void = (labels == IGNORE).flatten(1).all(1)                # (B,)
+    return labels.masked_fill(is_void[:, None, None], 0)
