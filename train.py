@@ -74,7 +74,7 @@ from extras.distributed import (
 )
 from extras.few_labels import MixedStream, Unlabelled, split_labelled, taught_pixels
 from extras.pixel_counts import cached_pixel_counts
-from extras.provenance import check_classes, check_start, other_classes, warn_of_leak
+from extras.provenance import check_classes, has_classes_of, warn_of_leak
 from extras.run_folder import (
     Board,
     Stop,
@@ -99,6 +99,7 @@ from extras.run_report import (
     note_stretched_schedule,
     open_run_folder,
 )
+from extras.starting_weights import make_student
 from extras.train_flags import NOT_NEGATIVE, POSITIVE, TrainFlags
 from extras.weight_average import WeightAverage
 from losses import (
@@ -111,7 +112,7 @@ from losses import (
     pekd,
     weighted_cross_entropy,
 )
-from model import NORMS, SIZES, Features, load_checkpoint, save_checkpoint, segformer
+from model import SIZES, Features, load_checkpoint, save_checkpoint
 
 # The paper's (section 4.3; clipping at 1 and no weight decay are its trainer's), then what suits
 # each data set.
@@ -270,6 +271,10 @@ def loss_weights(args):
         for term in DISTILLATION:
             weights[term.name] = getattr(args, term.weight_name)
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def reads_teachers_logits(args):
+    return any(TERMS[name].teacher_reads == "logits" for name in loss_weights(args))
 
 
 def reads_student_logits(term):
@@ -707,7 +712,8 @@ def make_networks(args, train_set, device, resumed):
     teacher, projections = None, None
     if args.teacher:
         teacher = load_checkpoint(args.teacher)
-        check_classes(teacher, args.teacher, train_set)
+        if reads_teachers_logits(args):                # features may come from other classes
+            check_classes(teacher, args.teacher, train_set)
         warn_of_leak(teacher, args.teacher, args)
         projections = Projections(SIZES[args.student]["dims"], SIZES[teacher.variant]["dims"])
         teacher.input_size = student.input_size        # it is judged at the size it teaches at
@@ -718,24 +724,6 @@ def make_networks(args, train_set, device, resumed):
     if dist.is_initialized() and device.type == "cuda":
         objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     return student, teacher, objective
-
-
-def make_student(args, classes, resumed):
-    """Fresh weights, or those of --init, or of the run that is resumed.
-
-    The seed decides what is new: the same with a teacher and without.
-    """
-    torch.manual_seed(args.seed)
-    path = resumed or args.init
-    if not path:
-        return segformer(args.student, len(classes), NORMS[args.norm])
-
-    student = load_checkpoint(path, len(classes))
-    check_start(student, path, args)
-    if student.classes and other_classes(student.classes, classes):
-        student.decoder.classifier.reset_parameters()
-        print(f"{path}: its classes have other names than the data's, so the head is new")
-    return student
 
 
 def choose_class_weights(args, train_set):
@@ -788,6 +776,10 @@ def check_gradients(objective):
 def score_teacher(run):
     """The teacher's scores, once: a teacher that was loaded wrongly shows here."""
     if run.teacher is None:
+        return
+    if not has_classes_of(run.teacher, run.val_set):
+        print(f"teacher {run.args.teacher}: {run.teacher.num_classes} classes of its own; it "
+              f"teaches features, and no score of it would mean anything", flush=True)
         return
     result = run.progress["teacher_scores"]
     if not result:

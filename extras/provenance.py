@@ -1,9 +1,8 @@
 """What a checkpoint was trained on, and whether it may be scored, or teach, on the data at hand.
 
 A checkpoint carries the names of its classes and `trained_on`: the flags --data, --fold, --folds
-and --fold-by of its training. They answer four questions:
+and --fold-by of its training. They answer three questions:
 
-    check_start(student, path, args)       can its weights start this student? else an error
     check_classes(model, path, dataset)    are its classes the data's? else an error
     warn_of_leak(model, path, args)        has it seen frames that are held out now? then a warning
     choose_data(args, models)              what to score it on when no --data is given
@@ -13,7 +12,6 @@ import sys
 from pathlib import Path
 
 from extras.cli import UsageError
-from model import NORMS
 
 # ---------------------------------------------------------------- classes
 
@@ -21,6 +19,12 @@ def other_classes(names, others):
     """-> the pairs of names that stand at one place and differ in more than case."""
     pairs = zip(names, others, strict=False)
     return [(name, other) for name, other in pairs if name.lower() != other.lower()]
+
+
+def has_classes_of(model, dataset):
+    """Are the model's classes the data's? A model that has no names for them may be trusted."""
+    same_count = model.num_classes == len(dataset.classes)
+    return same_count and not other_classes(model.classes or (), dataset.classes)
 
 
 def check_classes(model, path, dataset):
@@ -33,17 +37,6 @@ def check_classes(model, path, dataset):
         own, other = differ[0]
         raise UsageError(f"{path} was trained on other classes than {dataset.name}'s: "
                          f"its {own!r} stands where the data has {other!r}")
-
-
-def check_start(student, path, args):
-    """Refuse weights that cannot start (--init) or go on as (--resume) the student of `args`."""
-    if student.variant != args.student:
-        raise UsageError(f"{path} is a SegFormer-{student.variant.upper()}: "
-                         f"it cannot start a --student {args.student}")
-    if student.norm_fn is not NORMS[args.norm]:
-        names = [name for name, norm_fn in NORMS.items() if norm_fn is student.norm_fn]
-        raise UsageError(f"{path} has the norms {names[0]!r}: "
-                         f"its weights mean nothing to a student with --norm {args.norm}")
 
 
 # ---------------------------------------------------------------- data and folds

@@ -5,6 +5,7 @@ import math
 import platform
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,6 +66,21 @@ def device_name(device):
     return platform.processor() or platform.machine()
 
 
+def cpu_has_bf16():
+    """Does the processor compute in bf16 (x86's AVX512 or AMX, Arm)? Linux only tells; elsewhere
+    False."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    names = {"avx512_bf16", "amx_bf16", "bf16"}
+    for line in lines:
+        key, _, values = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return bool(names & set(values.split()))
+    return False
+
+
 def print_recipe(run, recipe):
     args = run.args
     origin = f"from {args.init}" if args.init else "from scratch"
@@ -84,6 +100,9 @@ def print_recipe(run, recipe):
           f"{recipe['parameters']:,} parameters, on {run.device}, amp {args.amp}")
     print(f"loss = {terms}; AdamW, lr {args.lr:g} with {100 * args.warmup:g} % warm-up, "
           f"decay {args.weight_decay:g}, clip {args.grad_clip:g}")
+    if args.amp == "off" and run.device.type == "cpu" and cpu_has_bf16():
+        print("note: this CPU has bf16 units; --amp bf16 takes about half the time a step "
+              "(docs/SPEED.md)")
     print(f"{args.iters} steps of {run.total_batch} images = {args.batch_size} x {args.accum} "
           f"accumulated x {world_size()} processes, {epochs:.1f} epochs, seed {args.seed}; "
           f"writing to {run.folder}{resuming}", flush=True)
@@ -277,7 +296,7 @@ def finish(run):
     if rank() > 0:
         return
     models, names, results = [], [], []
-    if run.teacher is not None:
+    if run.progress["teacher_scores"]:
         models.append(run.teacher.cpu())
         names.append(f"teacher {run.teacher.variant}")
         results.append(run.progress["teacher_scores"])

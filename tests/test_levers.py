@@ -11,6 +11,7 @@ from conftest import command, write_folder
 from data import IGNORE, open_dataset
 from extras.cli import UsageError
 from extras.few_labels import Unlabelled, first_of_each_drive, split_labelled, taught_pixels
+from extras.starting_weights import make_student
 from extras.weight_average import WeightAverage
 from model import load_checkpoint, save_checkpoint, segformer
 
@@ -189,7 +190,7 @@ def test_features_first_then_labels(tmp_path, folder, teacher):
     train_with(*flags, "--teacher", teacher, "--loss", "none", *SOME, "--lambda-fd", 1,
                "--out", first)
     assert list(log(first)[0]) == ["step", "lr", "loss", "fd", "grad_norm"]
-    fresh = train.make_student(train.FLAGS.parse(["--seed", "0"])[0], ["a", "b", "c"], None)
+    fresh = make_student(train.FLAGS.parse(["--seed", "0"])[0], ["a", "b", "c"], None)
     after = load_checkpoint(first / "last.pth")
     assert torch.equal(after.decoder.fuse.weight, fresh.decoder.fuse.weight)
     assert not torch.equal(after.stages[0].patch_embed.proj.weight,
