@@ -5,19 +5,21 @@
 #   DATA=camvid:DIR ./reproduce.sh short              all rows: hours on 2 CPU cores
 #   DATA=camvid:DIR ./reproduce.sh full               40,000 steps and 3 seeds: for a GPU
 #   DATA=camvid:DIR ./reproduce.sh short b0 b0-kd     these rows, and before b0-kd its teacher
+#   DATA=camvid:DIR ./reproduce.sh levers             what the baseline gains by, scored on val only
 #   python -m extras.paper_tables --figures           the tables and figures of what is there
 #
 # Before it may stand
 #   SEEDS="0 1 2"
 #   TEACHER=1                           learn from the teacher of that seed (0)
-#   AMP=bf16                            or off, or fp16 (train.py's auto: fp16 on CUDA, else off)
+#   AMP=bf16                            or off, or fp16 (train.py's auto: fp16 on CUDA, else off;
+#                                       levers: bf16)
 #   FLAGS="--cache DIR --workers 8"     more flags of train.py, for every row
 #   STEPS=2                             of every run: to try this script
 #
 # A row trains in runs/camvid-SCHEDULE/ROW-SEED (weights) and leaves log, recipe and scores in
 # results/camvid-SCHEDULE/ROW/SEED, in place of those of ours that are there: git diff shows how
 # yours differ. Nothing is selected: the last checkpoint is scored, once, on the 233 test frames
-# (in the study: on the held-out fold).
+# (in the study: on the held-out fold; levers: on val).
 set -euo pipefail
 case ${1:-} in
   short)
@@ -30,13 +32,19 @@ case ${1:-} in
     every=40
     seeds=${SEEDS:-0 1 2}
     ;;
+  levers)
+    medium=3000
+    every=5
+    seeds=${SEEDS:-0}
+    AMP=${AMP:-bf16}
+    ;;
   *)
     sed -n '2,/^set/{/^#/p}' "$0"
     exit 2
     ;;
 esac
 if [[ -n ${STEPS:-} ]]; then
-  teacher=$STEPS student=$STEPS long=$STEPS study_teacher=$STEPS study=$STEPS
+  teacher=$STEPS student=$STEPS long=$STEPS study_teacher=$STEPS study=$STEPS medium=$STEPS
   every=1
 fi
 schedule=$1
@@ -82,7 +90,7 @@ run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
     if [[ " $* " == *" --fold "* ]]; then
       local fold=("${@:$#-3:4}")        # the study's flags end with --fold N --fold-by HOW
       score "$run" --split val "${fold[@]}" --json "$out/test.json"
-    else
+    elif [[ $schedule != levers ]]; then
       score "$run" --split test --json "$out/test.json"
       score "$run" --split test --quarter --json "$out/quarter.json"
     fi
@@ -94,6 +102,29 @@ run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
 score() {  # RUN FLAGS
   python eval.py "$1/last.pth" --data "$DATA" "${@:2}"
 }
+
+# What the baseline gains by: chosen on val, before anything is distilled (docs/RESULTS.md)
+if [[ $schedule == levers ]]; then
+  SMALL=(--student b0 --size 288 384 --crop 288 384)
+  NATIVE=(--student b0 --size 360 480 --crop 360 480)
+  GENTLE=(--scale-range 0.75 1.5)
+  PLAIN=(--student b0 --augment plain --crop 360 480)
+  for lr in 6e-4 1.2e-3 2.4e-3 4.8e-3; do
+    row "plain-native-lr$lr"      "$medium" "${PLAIN[@]}" --lr "$lr"
+    row "plain-small-lr$lr"       "$medium" --student b0 --augment plain --crop 288 384 --lr "$lr"
+    row "gentle-native-lr$lr"     "$medium" "${NATIVE[@]}" "${GENTLE[@]}" --lr "$lr"
+    row "gentle-small-lr$lr"      "$medium" "${SMALL[@]}" "${GENTLE[@]}" --lr "$lr"
+    row "segformer-native-lr$lr"  "$medium" "${NATIVE[@]}" --lr "$lr"
+    row "segformer-small-lr$lr"   "$medium" "${SMALL[@]}" --lr "$lr"
+  done
+  row plain-native-ema-lr6e-4   "$medium" "${PLAIN[@]}" --lr 6e-4 --ema 0.999
+  row plain-native-dice-lr6e-4  "$medium" "${PLAIN[@]}" --lr 6e-4 --loss wce-dice --lambda-dice 1
+  row plain-native-sqrt-lr6e-4  "$medium" "${PLAIN[@]}" --lr 6e-4 --class-weights sqrt
+  for decay in 0.01 0.05; do
+    row "plain-native-decay$decay-lr6e-4" "$medium" "${PLAIN[@]}" --lr 6e-4 --weight-decay "$decay"
+  done
+  exit
+fi
 
 # The paper's Table 2, on the official split
 T=(--student b0 --teacher "runs/camvid-$schedule/b2-${TEACHER:-0}/last.pth")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extras.cli import UsageError, run_command
+from extras.lever_table import lever_rows
 
 RESULTS = Path("docs/RESULTS.md")
 README = Path("README.md")
@@ -461,6 +462,12 @@ def summary(folder):
     return markdown(["", "learning rate", "precision", "seeds", "mIoU", "to B0"], rows)
 
 
+def levers(folder):
+    """What the baseline gains by, on val."""
+    head = ["frames", "augmentation", "learning rate", "changed", "steps", "seeds", "val mIoU"]
+    return markdown(head, lever_rows(folder.parent / "camvid-levers"))
+
+
 # ---------------------------------------------------------------- into the files
 
 TABLES = (
@@ -468,6 +475,7 @@ TABLES = (
     (RESULTS, "intervals", intervals),
     (RESULTS, "rates", rates),
     (RESULTS, "study", study),
+    (RESULTS, "levers", levers),
     (README, "summary", summary),
 )
 

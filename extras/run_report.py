@@ -42,7 +42,7 @@ def write_recipe(run):
         total_batch=run.total_batch,
         processes=world_size(),
         loss_weights=run.objective.weights,
-        class_weights=[round(weight, 4) for weight in run.objective.class_weight.tolist()],
+        class_weight=[round(weight, 4) for weight in run.objective.class_weight.tolist()],
         classes=run.train_set.classes,
         train_frames=len(run.train_set),
         unlabelled_frames=len(run.unlabelled_set) if run.unlabelled_set is not None else 0,

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, command, wait_for_step
+from extras import lever_table
 from extras import paper_tables as tables
 
 MARKS = """before
@@ -28,6 +29,8 @@ between
 <!-- rates: made -->
 <!-- end -->
 <!-- study: made -->
+<!-- end -->
+<!-- levers: made -->
 <!-- end -->
 after
 """
@@ -162,7 +165,7 @@ def test_every_row_that_is_run_is_shown():
     study = r'^ +(?:seeds=0 |teacher_)row "study-\$by-\$fold-(\S+)"'
     assert re.findall(study, script, re.MULTILINE) == ["b2", "b0", "kl-1.0", "kl-0.5"]
     rows = re.findall(r'^  row "(\S+)-lr-\$lr"', script, re.MULTILINE)
-    rates = re.search(r"for lr in (.*);", script)[1].split()
+    rates = re.search(r"for lr in (3e-4.*);", script)[1].split()
     assert rows == ["b0", "b0-dyt", "b0-kd", "b0-dyt-fd"] == list(tables.RATE_ROWS)
     assert {f"-lr-{rate}" for rate in rates} | {""} == set(tables.RATES.values())
     assert set(tables.STUDY) == {"b2", "b0", "kl-1.0", "kl-0.5"}
@@ -183,6 +186,29 @@ def test_mistakes_are_a_sentence(project):
     (project / "README.md").write_text(readme)
     (project / "docs/RESULTS.md").write_text("no marks")
     assert "docs/RESULTS.md has no mark <!-- table 2" in make_tables(project, code=2)
+
+
+def test_levers_are_told_from_their_recipes(tmp_path):
+    """A row a run, the best first; one that did not end is left out."""
+    plain = {"iters": 5, "lr": 6e-4, "augment": "plain", "scale_range": [0.5, 2.0],
+             "input_size": [360, 480], "loss": "wce", "class_weights": [1.5, 2.5],
+             "weight_decay": 0.0, "norm": "ln"}
+    gentle = plain | {"augment": "segformer", "scale_range": [0.75, 1.5], "lr": 1.2e-3}
+    many = plain | {"class_weights": "sqrt", "ema": 0.999, "weight_decay": 0.05,
+                    "loss": "wce-dice"}
+    rows = {"a": (plain, 5, 0.5), "b": (gentle, 5, 0.6), "c": (many, 5, 0.4), "d": (many, 4, 0.9)}
+    for name, (recipe, step, miou) in rows.items():
+        folder = tmp_path / name / "0"
+        folder.mkdir(parents=True)
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+        (folder / "scores.csv").write_text(f"step,miou\n1,0.1\n{step},{miou}\n")
+    assert lever_table.lever_rows(tmp_path) == [
+        ["360x480", "gentle (scale 0.75-1.5)", "1.2e-3", "-", "5", "1", "60.00"],
+        ["360x480", "resize and flip", "6e-4", "-", "5", "1", "50.00"],
+        ["360x480", "resize and flip", "6e-4",
+         "wce-dice, class weights sqrt, weight decay 0.05, average of the weights, 0.999",
+         "5", "1", "40.00"],
+    ]
 
 
 # ---------------------------------------------------------------- reproduce.sh

@@ -1,0 +1,93 @@
+"""The table of what the baseline gains by, from results/camvid-levers/: a row a run, on val alone.
+
+Made by `python -m extras.paper_tables`, as all tables of docs/RESULTS.md.
+"""
+
+import csv
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+AUGMENTATIONS = {
+    ("plain", 0.5, 2.0): "resize and flip",
+    ("segformer", 0.75, 1.5): "gentle (scale 0.75-1.5)",
+    ("segformer", 0.5, 2.0): "SegFormer's (scale 0.5-2)",
+}
+# What a run has beside the plain loss, by its flags: (flag, its value in a plain run, words).
+CHANGES = (
+    ("loss", "wce", "{}"),
+    ("class_weights", "enet", "class weights {}"),
+    ("weight_decay", 0.0, "weight decay {}"),
+    ("ema", None, "average of the weights, {}"),
+    ("norm", "ln", "norm {}"),
+)
+
+
+@dataclass
+class Lever:
+    """One run of the table. Scores are fractions."""
+    recipe: dict
+    val: float                                                    # mIoU of the last checkpoint
+
+
+def read_levers(folder):
+    """-> {name of the row: [Lever], one a seed}, of the runs that ended."""
+    found = {}
+    for path in sorted(Path(folder).glob("*/*/scores.csv")):
+        recipe = json.loads((path.parent / "recipe.json").read_text())
+        validations = list(csv.DictReader(path.read_text().splitlines()))
+        last = validations[-1]
+        if int(last["step"]) == recipe["iters"]:
+            lever = Lever(recipe, float(last["miou"]))
+            found.setdefault(path.parent.parent.name, []).append(lever)
+    return found
+
+
+def frames_of(recipe):
+    """"360x480": the size that a whole frame is worked at."""
+    height, width = recipe["input_size"]
+    return f"{height}x{width}"
+
+
+def augmentation_of(recipe):
+    low, high = recipe["scale_range"]
+    return AUGMENTATIONS.get((recipe["augment"], low, high), f"scale {low:g}-{high:g}")
+
+
+def format_rate(rate):
+    """0.0012 -> "1.2e-3"."""
+    mantissa, exponent = f"{rate:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def changes_of(recipe):
+    """What stands beside the plain loss: "class weights sqrt, weight decay 0.05"."""
+    words = []
+    for flag, usual, text in CHANGES:
+        value = recipe.get(flag, usual)
+        if isinstance(value, list):                               # recipes before --class-weights
+            value = usual
+        if value != usual:
+            words.append(text.format(value))
+    return ", ".join(words) or "-"
+
+
+def lever_rows(folder):
+    """-> the cells of each row, the best first."""
+    rows = []
+    for levers in read_levers(folder).values():
+        recipe = levers[0].recipe
+        miou = statistics.mean(lever.val for lever in levers)
+        cells = [
+            frames_of(recipe),
+            augmentation_of(recipe),
+            format_rate(recipe["lr"]),
+            changes_of(recipe),
+            str(recipe["iters"]),
+            str(len(levers)),
+            f"{100 * miou:.2f}",
+        ]
+        rows.append((miou, cells))
+    rows.sort(reverse=True)
+    return [cells for _, cells in rows]
