@@ -7,6 +7,7 @@ being told to stop.
     RUN/best.pth       the student with the best mIoU on the validation split
     RUN/log.csv        every step: learning rate, loss, its terms, the gradient's norm unclipped
     RUN/scores.csv     every validation
+    RUN/fit.csv        with --fit-log: loss and mIoU of train and val frames at every validation
     RUN/recipe.json    the effective flags, the machine, the versions
  SIGTERM (a machine that is taken away) and Ctrl-C finish the step and save; `python train.py
 --resume` goes on from there.
@@ -146,6 +147,7 @@ def new_progress():
     """What a run has come to: kept in last.pth beside the weights."""
     return {
         "step": 0,
+        "seconds": 0.0,  # of training
         "best_scores": None,
         "teacher_scores": None,
         "skipped": 0,  # steps that fp16's scaler left out

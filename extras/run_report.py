@@ -14,6 +14,7 @@ from eval import table
 from extras.cli import NotFinite
 from extras.comparison import draw_comparison, spread_indices
 from extras.distributed import rank, world_size
+from extras.fit_log import FitLog
 from extras.run_folder import Log, choose_folder, git_commit
 from model import load_checkpoint
 
@@ -156,6 +157,7 @@ class LossLog:
         run.board.add_rows("train", self.columns, rows)
 
         seconds = time.time() - self.clock
+        run.progress["seconds"] += seconds
         images_per_second = len(self.pending) * run.total_batch / seconds
         waited = self.seconds_waited / seconds
         print_progress(rows[-1], run, images_per_second, waited)
@@ -262,6 +264,9 @@ class ScoreLog:
         self.run = run
         self.columns = ["miou", "macc", "aacc", *run.train_set.classes]
         self.log = Log(run.folder, "scores.csv", ["step", *self.columns], run.start)
+        self.fit_log = None
+        if run.args.fit_log:
+            self.fit_log = FitLog(run)
 
     def add(self, step, result, is_better):
         run = self.run
@@ -273,6 +278,8 @@ class ScoreLog:
         numbers = [result["miou"], result["macc"], result["aacc"], *result["iou"]]
         row = [step] + [f"{value:.6f}" for value in numbers]
         self.log.add([row])
+        if self.fit_log is not None:
+            self.fit_log.add(step)
         run.board.add_rows("val", self.columns, [row])
         if run.board.writer:
             picture = draw_validation(run, [run.network.fold()], ["student"], frames=2)

@@ -201,5 +201,7 @@ def add_machine_flags(add, add_switch):
         "run", type=POSITIVE_INTEGER)
     add_switch("--tensorboard", "also write scalars and pictures for TensorBoard to the run's "
                "folder")
+    add_switch("--fit-log", "at each validation also write loss and mIoU of 100 train frames and "
+               "of val, and the seconds of training, to fit.csv")
     add_switch("--resume", "go on with the run in --out, or the newest under runs/")
     add("--device", "auto (CUDA, then MPS, then CPU), or one of them by name")
