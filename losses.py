@@ -9,14 +9,16 @@
     eq. 12-13   focal_loss
     eq. 14      dice_focal_loss
 
-Every loss is a mean over what was kept: void pixels (IGNORE) teach nothing, a batch of nothing but
-void gives 0, and the same batch twice over gives the same number. Only Dice is not quite such a
-mean: it is a ratio of sums over the batch, and its eps weighs less in a larger one. Half precision
-is raised to float32 inside, whatever autocast says outside; float64 stays. Label losses take logits
-of any resolution and resize them to the labels' first. What does not fit together is a ValueError.
+Every loss is a mean: the same batch twice over gives the same number (Dice almost: it is a ratio of
+sums over the batch, and its eps weighs less in a larger one). A loss that is given labels leaves
+void pixels (IGNORE) out, and is 0 for a batch of nothing but void. CSKD and PEKD are given none:
+they compare features everywhere, under void pixels too. Half precision is raised to float32 inside,
+whatever autocast says outside; float64 stays. Label losses take logits of any resolution and resize
+them to the labels' first. What does not fit together is a ValueError.
 
 `python -m pytest test_losses.py` holds each against plain loops, and shows what the usual mistakes
-compute instead. The equations come first here; what makes them small in memory stands at the end.
+compute instead. Skip the next section, a decorator for 16 bits, at first: the equations
+follow it, and what makes them small in memory stands at the end.
 
 References
   [1] Kim et al., EffiSeg, 2025                                 the equation numbers above
@@ -27,7 +29,8 @@ References
       Detectors, 2024
   [5] Liu et al., TransKD, 2022, arXiv:2202.13393               patch embedding distillation
   [6] Lin et al., Focal Loss, 2017, arXiv:1708.02002
-  [7] Milletari et al., V-Net, 2016, arXiv:1606.04797           Dice
+  [7] Milletari et al., V-Net, 2016, arXiv:1606.04797           Dice (with p^2 and g^2 in the
+                                                                denominator, unlike eq. 10-11)
 """
 
 import functools
@@ -80,13 +83,14 @@ def full_precision(loss):
 # ---------------------------------------------------------------- supervision (eq. 3)
 
 def class_weights(pixel_counts, c=1.10):
-    """w_k = 1 / ln(c + p_k) with p_k the class's share of the labelled pixels ([2]).
+    """w_k = 1 / ln(c + p_k) with p_k the class's share of the labelled pixels: ENet's form ([2],
+    where c = 1.02).
 
-    Counts (C,) -> float32 (C,). This is what gave the weights of the paper's Table 1. A class that
-    never occurs gets the largest weight, 1 / ln(c).
+    Counts (C,) -> float32 (C,). c = 1.10 is what gave the weights of the paper's Table 1. A class
+    that never occurs gets the largest weight, 1 / ln(c).
     """
     counts = torch.as_tensor(pixel_counts, dtype=torch.float64)
-    shares = counts / counts.sum().clamp(min=1)
+    shares = counts / counts.sum().clamp(min=1)                   # no labelled pixel: 0, not NaN
     return (1 / torch.log(c + shares)).float()
 
 
@@ -110,12 +114,15 @@ def weighted_cross_entropy(logits, labels, weight=None):
     valid = labels != IGNORE                                      # (B, H, W)
     labels = labels.long()
 
+    # Every label loss below has this form: an inner function, whose logits already are at the
+    # labels' size, returns sums over pixels. sum_over_pixels(f, labels, logits) is
+    # f(labels, resize(logits, (H, W))), computed in less memory: see the end of the file.
     def weighted_sum(labels, logits):                             # (B, H, W), (B, C, H, W)
         return F.cross_entropy(logits, labels, weight, ignore_index=IGNORE, reduction="sum")
 
-    # This is weighted_sum(labels, resize(logits, (H, W))), computed in less memory: see the end.
     loss = sum_over_pixels(weighted_sum, labels, logits)
     total_weight = (weight[labels.where(valid, 0)] * valid).sum()
+    # All void: 0 / tiny is 0, not NaN.
     return loss / total_weight.clamp(min=torch.finfo(logits.dtype).tiny)
 
 
@@ -126,8 +133,9 @@ def kl_distillation(student_logits, teacher_logits, temperature=1.0, labels=None
     """Eq. 4: T^2 mean_i KL(softmax(teacher_i / T) || softmax(student_i / T)), with T of [3].
 
     Logits (B, C, h, w) each, of any two resolutions; the mean is over the pixels of the student's.
-    With labels (B, H, W) it is taken at their size and without the void pixels. T^2 keeps the size
-    of the gradient when T changes. -> scalar
+    With labels (B, H, W) it is taken at their size and without the void pixels. The paper writes a
+    sum over the pixels and no temperature. T^2 keeps the size of the gradient when T changes.
+    -> scalar
     ValueError: other classes or another batch; for the labels see check_labels.
     """
     check_same_classes(student_logits, teacher_logits)
@@ -144,6 +152,7 @@ def kl_distillation(student_logits, teacher_logits, temperature=1.0, labels=None
         return (pixel * (labels != IGNORE)).sum()
 
     total = sum_over_pixels(divergence, labels, student_logits, teacher_logits.detach())
+    # All void: 0 / 1 is 0, not NaN.
     return temperature ** 2 * total / (labels != IGNORE).sum().clamp(min=1)
 
 
@@ -168,12 +177,13 @@ def cskd(student, teacher, lambda_m=1.0, lambda_s=0.5):
     check_feature_map(student)
     check_same_shape(student, teacher)
     teacher = teacher.detach()
-    pixel = 1 - cosine(student, teacher, dim=1)                   # (B, H, W)       1 - S^C
-    channel = 1 - cosine(student, teacher, dim=(2, 3))            # (B, C)          1 - S^S
+    pixel_distance = 1 - cosine(student, teacher, dim=1)          # (B, H, W)       1 - S^C
+    channel_distance = 1 - cosine(student, teacher, dim=(2, 3))   # (B, C)          1 - S^S
     squared = (teacher - student).square()                        # (B, C, H, W)
     # |ab| = |a||b|, so the sum over G (T - S)^2 is taken factor by factor and G is never built
-    guided = torch.einsum("bhw,bchw,bc->", pixel.abs(), squared, channel.abs()) / squared.numel()
-    return lambda_m * guided + lambda_s * (pixel.mean() + channel.mean())
+    guided = torch.einsum(
+        "bhw,bchw,bc->", pixel_distance.abs(), squared, channel_distance.abs()) / squared.numel()
+    return lambda_m * guided + lambda_s * (pixel_distance.mean() + channel_distance.mean())
 
 
 @full_precision
@@ -277,6 +287,7 @@ def focal_loss(logits, labels, alpha=None, gamma=2.0):
         return (-alpha[target] * miss ** gamma * log_p * valid).sum()
 
     total = sum_over_pixels(loss, labels.long(), logits)
+    # All void: 0 / 1 is 0, not NaN.
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 

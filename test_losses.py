@@ -98,22 +98,24 @@ def loop_cskd(student, teacher, lambda_m=1.0, lambda_s=0.5):
     for b in range(B):
         S = student[b].tolist()
         T = teacher[b].tolist()
-        pixel = {}                                                # S^C, one number for each pixel
+        S_C = {}                                                  # one number for each pixel
         for h in range(H):
             for w in range(W):
                 S_pixel = [S[c][h][w] for c in range(C)]
                 T_pixel = [T[c][h][w] for c in range(C)]
-                pixel[h, w] = loop_cosine(S_pixel, T_pixel)
-        channel = []                                              # S^S, one number for each channel
+                S_C[h, w] = loop_cosine(S_pixel, T_pixel)
+        S_S = []                                                  # one number for each channel
         for c in range(C):
-            channel.append(loop_cosine(sum(S[c], []), sum(T[c], [])))
+            S_channel = [S[c][h][w] for h in range(H) for w in range(W)]
+            T_channel = [T[c][h][w] for h in range(H) for w in range(W)]
+            S_S.append(loop_cosine(S_channel, T_channel))
 
         for c in range(C):
-            for h, w in pixel:
-                G = abs((1 - pixel[h, w]) * (1 - channel[c]))     # eq. 6
+            for h, w in S_C:
+                G = abs((1 - S_C[h, w]) * (1 - S_S[c]))           # eq. 6
                 loss += lambda_m / (C * H * W) * G * (T[c][h][w] - S[c][h][w]) ** 2
-        loss += lambda_s / (H * W) * sum(1 - cosine for cosine in pixel.values())     # eq. 7
-        loss += lambda_s / C * sum(1 - cosine for cosine in channel)
+        loss += lambda_s / (H * W) * sum(1 - cosine for cosine in S_C.values())       # eq. 7
+        loss += lambda_s / C * sum(1 - cosine for cosine in S_S)
     return loss / B
 
 
@@ -260,6 +262,7 @@ def test_bands_of_rows_add_up_to_the_whole(loss, size, monkeypatch):
     labels[:, :2] = IGNORE
     results = []
     for rows in (1, 3, 7):
+        # the BAND that makes rows_of_a_band() give `rows` of the 7 rows of logits
         monkeypatch.setattr(losses, "BAND", rows * B * C * size[0] * size[1] // 7)
         value = loss(logits, labels)
         results.append((value, *torch.autograd.grad(value, logits)))
@@ -339,9 +342,7 @@ def test_zero_features_have_finite_gradients():
         assert x.grad.isfinite().all() and x.grad.abs().max() < 10
 
 
-def test_losses_take_keywords_and_certain_pixels(batch):
-    logits, labels, _ = batch
-    assert cskd(teacher=logits, student=logits).item() == pytest.approx(0, abs=1e-12)
+def test_focal_of_a_certain_pixel_has_a_finite_gradient():
     certain = torch.tensor([60.0, 0.0]).view(1, 2, 1, 1).requires_grad_()
     focal_loss(certain, torch.zeros(1, 1, 1, dtype=torch.long), gamma=0.5).backward()
     assert certain.grad.isfinite().all()
@@ -397,7 +398,7 @@ def test_projections_reach_the_teacher_when_trained():
         optimizer.step(closure)
     assert closure().item() < 1e-4
     assert all(p.grad is not None for p in projections.parameters())
-    assert len(list(projections.parameters())) == 16
+    assert len(list(projections.parameters())) == 16              # 4 stages, 2 maps, weight, bias
 
 
 # ---------------------------------------------------------------- other networks; what is refused
@@ -511,6 +512,7 @@ def test_checks_do_not_break_a_compiled_graph(batch):
 def test_losses_take_keywords_in_any_order(batch, maps):
     logits, labels, weight = batch
     student, teacher = maps
+    assert cskd(teacher=logits, student=logits).item() == pytest.approx(0, abs=1e-12)
     focal = focal_loss(gamma=1.0, alpha=weight, labels=labels, logits=logits)
     assert torch.equal(focal, focal_loss(logits, labels, weight, 1.0))
     kl = kl_distillation(temperature=2.0, teacher_logits=teacher, student_logits=student)

@@ -72,7 +72,7 @@ from extras.distributed import (
     rank,
     world_size,
 )
-from extras.few_labels import MixedStream, Unlabelled, split_labelled, taught_pixels
+from extras.few_labels import MixedStream, Unlabelled, labels_for_kl, split_labelled
 from extras.pixel_counts import cached_pixel_counts
 from extras.provenance import check_classes, has_classes_of, warn_of_leak
 from extras.run_folder import (
@@ -168,7 +168,7 @@ class Outputs(NamedTuple):
     stages: list | None                                # the student's, projected to the teacher's
     patch_embeds: list | None                          # the same of its patch embeddings
     labels: torch.Tensor                               # (B, H, W)
-    taught: torch.Tensor                               # the same for KL: see --labelled
+    kl_labels: torch.Tensor                            # for KL every pixel of an unlabelled frame
     class_weight: torch.Tensor                         # (C,)
     args: argparse.Namespace
 
@@ -187,7 +187,7 @@ def focal_term(outputs):
 
 def kl_term(outputs):
     student, teacher = outputs.student.logits, outputs.teacher.logits
-    return kl_distillation(student, teacher, outputs.args.temperature, outputs.taught)
+    return kl_distillation(student, teacher, outputs.args.temperature, outputs.kl_labels)
 
 
 def fd_term(outputs):
@@ -232,7 +232,7 @@ SUPERVISION = (
     Term("focal", focal_term, mean_over="pixels"),
 )
 DISTILLATION = (
-    Term("kl", kl_term, mean_over="taught pixels", teacher_reads="logits",
+    Term("kl", kl_term, mean_over="kl pixels", teacher_reads="logits",
          help="weight of KL distillation (default: 0)",
          options=(Option("temperature", POSITIVE, 1.0, "of KL distillation"),)),
     Term("fd", fd_term, mean_over="images", teacher_reads="stages", default=1.0,
@@ -251,7 +251,7 @@ DISTILLATION = (
          options=(Option("cwd_temperature", POSITIVE, 4.0, "of CWD"),)),
     Term("dist", other_losses.relation_term, mean_over="images", teacher_reads="logits",
          help="weight of DIST on the logits (default: 0)"),
-    Term("zkl", other_losses.standardised_kl_term, mean_over="taught pixels",
+    Term("zkl", other_losses.standardised_kl_term, mean_over="kl pixels",
          teacher_reads="logits", help="weight of KL on z-scored logits (default: 0)",
          options=(Option("zkl_temperature", POSITIVE, 2.0, "of KL on z-scored logits"),)),
 )
@@ -309,9 +309,9 @@ class Objective(nn.Module):
         stages, patch_embeds = None, None
         if "stages" in self.teacher_parts or "patch_embeds" in self.teacher_parts:
             stages, patch_embeds = self.projections(student.stages, student.patch_embeds)
-        taught = taught_pixels(labels) if self.args.labelled else labels
+        kl_labels = labels_for_kl(labels) if self.args.labelled else labels
         outputs = Outputs(
-            student, teacher, stages, patch_embeds, labels, taught, self.class_weight, self.args)
+            student, teacher, stages, patch_embeds, labels, kl_labels, self.class_weight, self.args)
         return {name: TERMS[name].compute(outputs) for name in self.weights}
 
 
@@ -419,11 +419,11 @@ def loss_denominators(labels, objective):
     """
     valid = labels != IGNORE
     weight_of_pixels = objective.class_weight[labels[valid].long()].sum()
-    taught = taught_pixels(labels) if objective.args.labelled else labels
+    kl_labels = labels_for_kl(labels) if objective.args.labelled else labels
     denominators = {
         "class weights": weight_of_pixels,
         "pixels": valid.sum(),
-        "taught pixels": (taught != IGNORE).sum(),
+        "kl pixels": (kl_labels != IGNORE).sum(),
         "images": torch.ones_like(weight_of_pixels),              # the parts are equally large
     }
     return torch.stack([denominators[TERMS[name].mean_over].float() for name in objective.weights])

@@ -1,11 +1,11 @@
 """Distil a SegFormer-B2 into a B0, and look at what was distilled. Read this first.
 
-    python train.py --student b2 --out runs/teacher          # a teacher, once
+    python train.py --student b2 --lr 1.2e-3 --out runs/teacher      # a teacher, once
     python -m examples.distill [TEACHER] [--steps 100] [--out features.png]
 
 Run it from the project's folder. `distill` is the loop with this project's parts: eq. 9 of the
-paper without its KL term. The rest draws two frames, a row a stage: the teacher's features, the
-student's, where the two agree, and where one query of the stage's last block looks.
+paper without its KL term. The rest draws two frames, one row per stage: the teacher's features,
+the student's, where the two agree, and where one query of the stage's last block looks.
 
 train.py does the same with all that a long run needs: files, resuming, 16 bits, several GPUs.
 """
@@ -31,6 +31,7 @@ def distill(teacher, train_set, steps, batch_size=4, learning_rate=2.4e-3):
     student = segformer("b0", len(train_set.classes))
     projections = Projections(SIZES["b0"]["dims"], SIZES[teacher.variant]["dims"])
     weights = class_weights(pixel_counts(train_set))
+    # stream[n] is the n-th augmented sample. It is endless, and shuffles anew in each pass.
     stream = Stream(train_set, Augment(crop=(96, 192), scale_range=(0.75, 1.5)))
 
     # The projections are trained too: without them here, the student would chase a random map.
@@ -44,14 +45,14 @@ def distill(teacher, train_set, steps, batch_size=4, learning_rate=2.4e-3):
         labels = torch.stack([label for _, label in samples])              # (B, H, W)
 
         with torch.no_grad():
-            target = teacher.features(images)
-        own = student.features(images)
-        stages, patch_embeds = projections(own.stages, own.patch_embeds)   # the teacher's widths
+            theirs = teacher.features(images)
+        ours = student.features(images)
+        stages, patch_embeds = projections(ours.stages, ours.patch_embeds)    # the teacher's widths
 
-        supervised = weighted_cross_entropy(own.logits, labels, weights)
-        features = sum(cskd(s, t) for s, t in zip(stages, target.stages, strict=True))
-        embeddings = pekd(patch_embeds, target.patch_embeds)
-        loss = supervised + features + embeddings
+        wce = weighted_cross_entropy(ours.logits, labels, weights)            # eq. 3
+        fd = sum(cskd(s, t) for s, t in zip(stages, theirs.stages, strict=True))      # eq. 5-7
+        pe = pekd(patch_embeds, theirs.patch_embeds)                          # eq. 8
+        loss = wce + fd + pe                                                  # eq. 9, lambda_KL = 0
 
         optimizer.zero_grad()
         loss.backward()
@@ -59,8 +60,8 @@ def distill(teacher, train_set, steps, batch_size=4, learning_rate=2.4e-3):
         optimizer.step()
         schedule.step()
         if step % 10 == 0 or step == steps - 1:
-            print(f"step {step + 1}/{steps}  loss {loss:.3f} = {supervised:.3f} labels "
-                  f"+ {features:.3f} stages + {embeddings:.3f} patch embeddings", flush=True)
+            print(f"step {step + 1}/{steps}  loss {loss:.3f} = {wce:.3f} labels "
+                  f"+ {fd:.3f} stages + {pe:.3f} patch embeddings", flush=True)
     return student.eval(), projections
 
 
@@ -68,10 +69,10 @@ def distill(teacher, train_set, steps, batch_size=4, learning_rate=2.4e-3):
 
 @torch.no_grad()
 def draw_frame(teacher, student, projections, image, query):
-    """image (1, 3, H, W), query (row, column) in [0, 1] -> four rows of pictures, a row a stage."""
-    target = teacher.features(image)
-    own = student.features(image)
-    stages, _ = projections(own.stages, own.patch_embeds)
+    """image (1, 3, H, W), query (row, column) in [0, 1] -> four rows of pictures, one per stage."""
+    teacher_maps = teacher.features(image)
+    student_maps = student.features(image)
+    stages, _ = projections(student_maps.stages, student_maps.patch_embeds)
 
     frame = image[0].clone()                                               # (3, H, W)
     top = int(query[0] * frame.shape[1])
@@ -79,13 +80,14 @@ def draw_frame(teacher, student, projections, image, query):
     frame[:, top - 6:top + 7, left - 6:left + 7] = 1.0                     # a white square
 
     rows = []
-    for i, (ours, theirs) in enumerate(zip(stages, target.stages, strict=True)):
+    for i, (ours, theirs) in enumerate(zip(stages, teacher_maps.stages, strict=True)):
         coloured_teacher, coloured_student = principal_colours(theirs[0], ours[0])
         similarity = cosine(ours, theirs, dim=1)[0]                        # S^C of eq. 5, (h, w)
-        teacher_looks = attention(teacher, teacher.stages[i].blocks[-1], image, query)
-        student_looks = attention(student, student.stages[i].blocks[-1], image, query)
+        teacher_attention = attention_map(teacher, teacher.stages[i].blocks[-1], image, query)
+        student_attention = attention_map(student, student.stages[i].blocks[-1], image, query)
+        # heat(2 s - 1): a cosine of 0.5 is black, 1 is white
         colours = [frame, coloured_teacher, coloured_student, heat(2 * similarity - 1),
-                   light(frame, teacher_looks), light(frame, student_looks)]
+                   light(frame, teacher_attention), light(frame, student_attention)]
         rows.append([as_picture(x) for x in colours])
     return rows
 
@@ -108,7 +110,7 @@ def principal_colours(teacher, student):
     return coloured
 
 
-def attention(model, block, image, query):
+def attention_map(model, block, image, query):
     """softmax(q k^T / sqrt(d)) of one query of the block, a mean over its heads. -> (h, w)
 
     Divided by its largest value, so that the brightest key is the one that counts most.
@@ -128,8 +130,9 @@ def attention(model, block, image, query):
     column = int(query[1] * x.shape[1])
     q = attn.q(x[row, column]).unflatten(0, (attn.heads, -1))              # (heads, d)
     k = attn.k(attn.reduce(x[None]))[0].unflatten(2, (attn.heads, -1))     # (h, w, heads, d)
-    agreement = torch.einsum("nd,hwnd->nhw", q, k) / q.shape[1] ** 0.5     # (heads, h, w)
-    weights = agreement.flatten(1).softmax(1).view_as(agreement).mean(0)   # (h, w)
+    # n: heads; h, w: the keys, which spatial reduction made fewer than the queries
+    logits = torch.einsum("nd,hwnd->nhw", q, k) / q.shape[1] ** 0.5        # (heads, h, w)
+    weights = logits.flatten(1).softmax(1).view_as(logits).mean(0)         # (h, w)
     return weights / weights.max()
 
 
@@ -160,7 +163,7 @@ def main():
     args = parser.parse_args()
     if not Path(args.teacher).exists():
         raise UsageError(f"there is no teacher {args.teacher}: "
-                         "python train.py --student b2 --out runs/teacher trains one")
+                         "python train.py --student b2 --lr 1.2e-3 --out runs/teacher trains one")
 
     torch.manual_seed(0)
     teacher = load_checkpoint(args.teacher).fold()                         # frozen, in eval mode
@@ -172,9 +175,10 @@ def main():
         print(f"{name}: mIoU {100 * miou:.2f} % on {len(val_set)} val frames")
 
     rows = []
-    for i in (1, 2):
+    for i in (1, 2):                                                       # two frames with cars
         image, label = val_set[i]
         cars = (label == val_set.classes.index("car")).nonzero()           # (pixels, 2)
+        # The query: a pixel in the middle of the list of car pixels.
         row, column = cars[len(cars) // 2].tolist()
         query = (row / label.shape[0], column / label.shape[1])
         larger = F.interpolate(image[None] / 255, scale_factor=2)          # four times the tokens
@@ -182,7 +186,7 @@ def main():
     captions = ("frame, query in white", "teacher's features", "student's, projected",
                 "their cosine, 0.5 to 1", "where the teacher looks", "where the student looks")
     grid(rows, captions).save(args.out)
-    print(f"{args.out}: two frames, a row a stage; colours are the teacher's main directions")
+    print(f"{args.out}: two frames, one row per stage; colours are the teacher's main directions")
 
 
 if __name__ == "__main__":

@@ -70,13 +70,14 @@ class MixedStream(torch.utils.data.Dataset):
         self.streams = (first, second)
 
     def __getitem__(self, n):
+        # n = 0, 1, 2, 3 -> first[0], second[0], first[1], second[1]
         place, which = divmod(n, 2)
         return self.streams[which][place]
 
 
-def taught_pixels(labels):
-    """Labels (B, H, W) as a loss sees them that needs no labels: in a frame that is void all over,
-    one without labels, every pixel counts (class 0 stands there, and is not looked at).
+def labels_for_kl(labels):
+    """The labels that KL is masked with, (B, H, W): in a frame that is void all over (one without
+    labels) every pixel counts (class 0 stands there, and is not looked at).
     """
     is_void = (labels == IGNORE).flatten(1).all(1)                # (B,)
     return labels.masked_fill(is_void[:, None, None], 0)

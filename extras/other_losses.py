@@ -1,22 +1,22 @@
 """What others use in place of the paper's losses, to compare with: each a pure function, as in
 losses.py, and a term for train.py's table (--lambda-NAME).
 
-    cosine_distillation      one cosine a pixel of the projected features; five lines
-    global_cosine            one cosine an image of them: AttnFD [1] without its attention
+    cosine_distillation      one cosine per pixel of the projected features
+    global_cosine            one cosine per image of them: AttnFD [1] without its attention
     channel_distillation     CWD [2]: each class's map as a distribution over the pixels
     relation_distillation    DIST [3]: correlation in place of equality
     standardised_kl          KL on z-scored logits [4]
     square_root_weights      class weights 1 / sqrt(share)
 
-docs/RESULTS.md says what they were worth here. Logits are (B, C, h, w), features (B, C, H, W); the
-teacher gets no gradient; 16 bits are raised to float32.
+Logits are (B, C, h, w), features (B, C, H, W); the teacher gets no gradient; 16 bits are raised to
+float32. CWD and DIST take no labels: void pixels count.
 
 References
   [1] Mansourian et al., Attention-guided Feature Distillation for Semantic Segmentation, 2024,
       arXiv:2403.05451
   [2] Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, 2021, arXiv:2011.13256
   [3] Huang et al., Knowledge Distillation from A Stronger Teacher, 2022, arXiv:2205.10536
-  [4] Sun et al., Logit Standardization in Knowledge Distillation, 2024, arXiv:2403.01643
+  [4] Sun et al., Logit Standardization in Knowledge Distillation, 2024, arXiv:2403.01427
 """
 
 import torch
@@ -38,6 +38,7 @@ def cosine_distillation(student, teacher):
     """mean over the pixels of 1 - cos(student, teacher), the cosine over the channels.
 
     Two feature maps (B, C, H, W), the student's projected to the teacher's width -> scalar.
+    ValueError: feature maps of two shapes, or not of four dimensions.
     """
     check_feature_map(student)
     check_same_shape(student, teacher)
@@ -48,7 +49,9 @@ def cosine_distillation(student, teacher):
 def global_cosine(student, teacher):
     """mean over the images of 1 - cos(student, teacher), the cosine over all of a feature map.
 
-    Two feature maps (B, C, H, W), the student's projected to the teacher's width -> scalar.
+    The squared distance of the two maps, each divided by its length, is twice this. Two feature
+    maps (B, C, H, W), the student's projected to the teacher's width -> scalar.
+    ValueError: feature maps of two shapes, or not of four dimensions.
     """
     check_feature_map(student)
     check_same_shape(student, teacher)
@@ -61,7 +64,9 @@ def global_cosine(student, teacher):
 def channel_distillation(student_logits, teacher_logits, temperature=4.0):
     """[2] eq. 4: T^2 / C sum_c KL(softmax_i(teacher_c / T) || softmax_i(student_c / T)).
 
-    The softmax is over the pixels i of an image; the mean over the batch. -> scalar
+    The softmax is over the pixels i of an image; the mean over the batch. Logits (B, C, h, w) each,
+    the teacher's are resized to the student's size -> scalar.
+    ValueError: other classes or another batch.
     """
     check_same_classes(student_logits, teacher_logits)
     teacher_logits = resize(teacher_logits.detach(), student_logits.shape[2:])
@@ -78,8 +83,12 @@ def correlation(a, b, dim, eps=1e-8):
 
 @full_precision
 def relation_distillation(student_logits, teacher_logits):
-    """[3] eq. 10: of the class probabilities, 1 - the mean correlation over the classes of a pixel,
-    plus 1 - the mean correlation over the pixels of a class (weights 1, temperature 1). -> scalar
+    """[3] eq. 8 + eq. 9: of the class probabilities, 1 - the mean correlation over the classes of a
+    pixel, plus 1 - the mean correlation over the pixels of a class (weights 1, temperature 1).
+
+    The pixels of a class are those of the whole batch, so this is no mean over images. Logits
+    (B, C, h, w) each, the teacher's are resized to the student's size -> scalar.
+    ValueError: other classes or another batch.
     """
     check_same_classes(student_logits, teacher_logits)
     teacher_logits = resize(teacher_logits.detach(), student_logits.shape[2:])
@@ -151,4 +160,4 @@ def relation_term(outputs):
 
 def standardised_kl_term(outputs):
     student, teacher = outputs.student.logits, outputs.teacher.logits
-    return standardised_kl(student, teacher, outputs.args.zkl_temperature, outputs.taught)
+    return standardised_kl(student, teacher, outputs.args.zkl_temperature, outputs.kl_labels)

@@ -52,15 +52,17 @@ def check_norms(student, path, norm):
 
 
 def with_norms(student, norm_fn, path):
-    """-> a student with `norm_fn`, and all weights of `student` but those of norms that are other
-    modules now: they are fresh, and it is said how many.
+    """-> a copy of `student` with the norms of `norm_fn`.
+
+    A norm whose class changes starts fresh; every other weight is taken over. Prints how many of
+    each kind are fresh.
     """
     if student.norm_fn is norm_fn:
         return student
     decoder_width = student.decoder.fuse.out_channels
-    result = segformer(student.variant, student.num_classes, norm_fn, decoder_width)
+    renewed = segformer(student.variant, student.num_classes, norm_fn, decoder_width)
     before = dict(student.named_modules())
-    after = dict(result.named_modules())
+    after = dict(renewed.named_modules())
     fresh = collections.Counter()
     for name, module in after.items():
         if type(module) is not type(before[name]):
@@ -71,17 +73,17 @@ def with_norms(student, norm_fn, path):
         owner = name.rpartition(".")[0]
         if type(after[owner]) is type(before[owner]):
             kept[name] = tensor
-    result.load_state_dict(kept, strict=False)
+    renewed.load_state_dict(kept, strict=False)
     for name, module in after.items():
         if isinstance(module, nn.LayerNorm) and isinstance(before[name], nn.LayerNorm):
             module.eps = before[name].eps
-    result.classes = student.classes
-    result.palette = student.palette
+    renewed.classes = student.classes
+    renewed.palette = student.palette
 
     counts = [f"{count} {kind}" for kind, count in fresh.items()]
     print(f"{path}: its norms are {name_of_norm(student.norm_fn)!r}, the student's "
           f"{name_of_norm(norm_fn)!r}: {' and '.join(counts)} start fresh, all else is taken")
-    return result
+    return renewed
 
 
 def renew_head(student, classes, path):

@@ -10,7 +10,7 @@ import train
 from conftest import command, write_folder
 from data import IGNORE, open_dataset
 from extras.cli import UsageError
-from extras.few_labels import Unlabelled, first_of_each_drive, split_labelled, taught_pixels
+from extras.few_labels import Unlabelled, first_of_each_drive, labels_for_kl, split_labelled
 from extras.starting_weights import make_student
 from extras.weight_average import WeightAverage
 from model import load_checkpoint, save_checkpoint, segformer
@@ -105,7 +105,7 @@ def test_split_labelled_keeps_every_frame_once(folder, tmp_path):
 def test_without_labels_every_pixel_is_taught():
     labels = torch.full((2, 3, 3), IGNORE)
     labels[0, 0, 0] = 2
-    taught = taught_pixels(labels)
+    taught = labels_for_kl(labels)
     assert torch.equal(taught[0], labels[0]) and (taught[1] == 0).all()
 
 
