@@ -53,6 +53,8 @@ SPLITS = ("train", "val", "test")
 PAD = (124, 116, 104)                                             # ImageNet's mean: 0, normalised
 LUMINANCE = (0.299, 0.587, 0.114)                                 # of R, G, B (ITU-R BT.601)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# What a file is ever taken for, whatever its name: no format that runs another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 ORIENTATION = 0x0112                                              # EXIF's tag
 BROKEN_PICTURE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
@@ -711,7 +713,7 @@ def read_picture(path, mode=None, upright=False):
     Raises DatasetError.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             check_picture_mode(picture, path, mode, upright)
             if holds_ids(picture, mode):
                 return np.array(picture)
@@ -758,7 +760,7 @@ def measure_picture(path, mode=None):
     """-> (H, W), from the head of an image file; one whose end is missing is read whole, which says
     what is wrong with it. Raises DatasetError."""
     try:
-        with Image.open(path) as picture, open(path, "rb") as file:
+        with Image.open(path, formats=FORMATS) as picture, open(path, "rb") as file:
             check_picture_mode(picture, path, mode)
             size = (picture.height, picture.width)
             file.seek(-min(os.path.getsize(path), 64), os.SEEK_END)

@@ -20,6 +20,7 @@ import argparse
 import ctypes
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -149,12 +150,31 @@ def make_folder(path):
 
 
 def show_progress(what):
-    """-> progress(done, total) that rewrites one line on a terminal, and is silent elsewhere."""
+    """-> progress(done, total) that rewrites one line on a terminal, and is silent elsewhere; with
+    the time left, after some seconds. total: None where it is not known.
+    """
+    began = time.monotonic()
+
     def progress(done, total):
-        if sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            print(f"\r{what} {done}/{total}", end=end, file=sys.stderr, flush=True)
+        if not sys.stderr.isatty():
+            return
+        line = f"{what} {done}/{total or '?'}"
+        passed = time.monotonic() - began
+        if total and passed > 3:
+            left = passed / done * max(0, total - done)
+            line += f", {describe_seconds(left)} left"
+        end = "\n" if done == total else ""
+        print(f"\r{line:<60}", end=end, file=sys.stderr, flush=True)
     return progress
+
+
+def describe_seconds(seconds):
+    """75 -> "1:15"; 3675 -> "1:01:15"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes}:{seconds:02d}"
 
 
 # ------------------------------ flags that several commands have

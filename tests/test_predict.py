@@ -1,5 +1,10 @@
 """Photos: found, segmented, written, and what is refused."""
 
+import os
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +13,7 @@ from PIL import Image
 from conftest import command
 from data import CITYSCAPES
 from model import load_checkpoint, save_checkpoint, segformer
+from small_datasets import save, write_cityscapes
 
 
 def predict_command(*args, code=0):
@@ -55,8 +61,78 @@ def test_label_ids_are_cityscapes_own(checkpoint, tmp_path):
     raw = np.asarray(Image.open(tmp_path / "raw" / "x.png"))
     raw_ids = np.array([raw_id for raw_id, _, _ in CITYSCAPES.values()])
     assert (raw_ids[classes] == raw).all()
+    assert [p.name for p in (tmp_path / "raw").iterdir()] == ["x.png"]
     output = predict_command(checkpoint, photo, "--out", tmp_path / "o", "--label-ids", code=2)
     assert "for Cityscapes' 19 classes" in output
+    output = predict_command(tmp_path / "city.pth", photo, "--out", tmp_path / "classes",
+                             "--label-ids", code=2)
+    assert "x_overlay.png: the evaluation would take it for a prediction too" in output
+
+
+def test_cityscapes_own_script_scores_the_label_ids_as_eval_does(tmp_path):
+    """The official evaluation runs on what --label-ids writes, and its mean is ours."""
+    pytest.importorskip("cityscapesscripts", reason="cityscapesscripts is not installed")
+    torch.manual_seed(0)
+    save_checkpoint(segformer("b0", 19), tmp_path / "city.pth")
+    spec = write_cityscapes(tmp_path / "data")
+    for path in (tmp_path / "data" / "gtFine").rglob("*_labelIds.png"):
+        instances = np.asarray(Image.open(path)).astype(np.uint16)           # no single things
+        Image.fromarray(instances).save(str(path).replace("labelIds", "instanceIds"))
+    for path in (tmp_path / "data" / "leftImg8bit").rglob("*.png"):
+        save(path, np.random.default_rng(0).integers(0, 256, (34, 64, 3), np.uint8))
+
+    frames = tmp_path / "data" / "leftImg8bit" / "val"
+    predict_command(tmp_path / "city.pth", frames, "--out", tmp_path / "results", "--label-ids")
+    env = {**os.environ, "CITYSCAPES_DATASET": str(tmp_path / "data"),
+           "CITYSCAPES_RESULTS": str(tmp_path / "results")}
+    script = "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"
+    start = ("import numpy, runpy\n"
+             "numpy.in1d = numpy.isin\n"                          # gone from numpy 2.4
+             f"runpy.run_module({script!r}, run_name='__main__')")
+    official = subprocess.run([sys.executable, "-c", start], env=env, capture_output=True,
+                              text=True, timeout=120)
+    assert official.returncode == 0, official.stdout + official.stderr
+    theirs = float(re.search(r"Score Average *: *(\S+)", official.stdout)[1])
+    ours = command("eval.py", tmp_path / "city.pth", "--data", spec)
+    ours = float(re.search(r"mIoU +(\S+)", ours)[1]) / 100
+    assert ours > 0 and abs(ours - theirs) < 1e-3
+
+
+def test_nothing_is_written_through_a_link(checkpoint, tmp_path):
+    photo = tmp_path / "x.png"
+    Image.new("RGB", (40, 40)).save(photo)
+    precious = tmp_path / "precious.txt"
+    precious.write_text("precious")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("x.png", "x_overlay.png"):
+        (out / name).symlink_to(precious)
+        output = predict_command(checkpoint, photo, "--out", out, code=2)
+        assert f"{name}: no regular file" in output
+        (out / name).unlink()
+    (out / "x.png").unlink()
+    (out / "x.png.partial").symlink_to(precious)
+    predict_command(checkpoint, photo, "--out", out)
+    assert Image.open(out / "x.png").size == (40, 40)
+    assert precious.read_text() == "precious"
+
+    photos = tmp_path / "photos"
+    save(photos / "deep" / "y.png", np.zeros((40, 40, 3), np.uint8))
+    (tmp_path / "elsewhere").mkdir()
+    (out / "deep").symlink_to(tmp_path / "elsewhere")
+    output = predict_command(checkpoint, photos, "--out", out, code=2)
+    assert "deep: a link, which results are not written through" in output
+    assert not list((tmp_path / "elsewhere").iterdir())
+    (out / "y.png").mkdir()
+    output = predict_command(checkpoint, photos / "deep" / "y.png", "--out", out, code=2)
+    assert "y.png: no regular file" in output
+
+
+def test_only_picture_formats_are_opened(checkpoint, tmp_path):
+    """Pillow would hand PostScript to another program."""
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EOF\n")
+    output = predict_command(checkpoint, tmp_path / "x.png", "--out", tmp_path / "o", code=2)
+    assert "not an image that can be read" in output
 
 
 def test_command_segments_photos_and_goes_on_after_a_broken_one(checkpoint, tmp_path):
