@@ -4,6 +4,7 @@
     python eval.py runs/teacher/best.pth runs/student/best.pth --data camvid:DIR --split test
     python eval.py teacher.pth plain.pth kd.pth --names teacher B0 B0+KD --picture picture.png
     python eval.py student.pth --json scores.json --overlay pictures/
+    python eval.py runs/kd/*/best.pth runs/plain/*/best.pth --group --format md
     python eval.py student.pth --amp bf16                          # what 16 bits change
     python eval.py runs/a/best.pth runs/b/best.pth --plot figures/ # the paper's figures 4-6
 
@@ -21,8 +22,10 @@ References
 """
 
 import argparse
+import contextlib
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +49,8 @@ from extras.provenance import (
     choose_data,
     warn_of_leak,
 )
+from extras.score_table import FORMATS, Column, write_table
+from extras.seed_groups import group_runs
 from extras.view_flags import (
     add_view_flags,
     autocast,
@@ -233,63 +238,6 @@ def agreement_with_fp32(model, dataset, size=None, **options):
     return same / pixels
 
 
-# ---------------------------------------------------------------- the table
-
-def table(names, results, classes):
-    """Text: a row a class and the three means; a column a network, and its difference to the first.
-
-    results: what `scores` gives, a network each, in the order of `names`.
-    """
-    names = [shorten(name) for name in names]
-    heads = ["IoU, %"]
-    widths = [max(16, *map(len, classes))]
-    for i, name in enumerate(names):
-        heads.append(name)
-        widths.append(max(8, len(name)) + 2)
-        if i > 0:
-            heads.append("diff")
-            widths.append(8)
-    head = format_row(heads, widths)
-    rule = "-" * len(head)
-
-    lines = [head, rule]
-    for c, label in enumerate(classes):
-        values = [result["iou"][c] for result in results]
-        lines.append(format_row(row_of_scores(label, values), widths))
-    lines.append(rule)
-    for label, key in (("mIoU", "miou"), ("mAcc", "macc"), ("aAcc", "aacc")):
-        values = [result[key] for result in results]
-        lines.append(format_row(row_of_scores(label, values), widths))
-    return "\n".join(lines)
-
-
-def row_of_scores(label, values):
-    """-> the cells of a row of `table`."""
-    cells = [label]
-    for i, value in enumerate(values):
-        cells.append(percent(value))
-        if i > 0:
-            cells.append(percent(value - values[0], sign="+"))
-    return cells
-
-
-def format_row(cells, widths):
-    """The first cell to the left, all others to the right."""
-    padded = [cells[0].ljust(widths[0])]
-    for cell, width in zip(cells[1:], widths[1:], strict=True):
-        padded.append(cell.rjust(width))
-    return "".join(padded)
-
-
-def percent(value, sign=""):
-    return "-" if math.isnan(value) else f"{100 * value:{sign}.2f}"
-
-
-def shorten(name, longest=24):
-    """The end of a long name, which tells paths apart."""
-    return name if len(name) <= longest else "..." + name[3 - longest:]
-
-
 # ---------------------------------------------------------------- the command
 
 @dataclass
@@ -317,8 +265,8 @@ def score(network, dataset, args):
     return scores(confusion) | {"confusion": confusion.tolist()} | result
 
 
-def print_scores(networks, dataset, args):
-    """What was scored and how, and the table."""
+def print_scores(networks, dataset, args, stream):
+    """What was scored and how, and on `stream` the table."""
     fold = "" if args.fold is None else f", fold {args.fold} of {args.folds}"
     resolution = "the labels' full resolution"
     if args.quarter:
@@ -328,9 +276,21 @@ def print_scores(networks, dataset, args):
           f"scored at {resolution}{describe_protocol(args)}")
     for network in networks:
         print(f"  {describe_network(network, args)}")
-    names = [network.name for network in networks]
-    results = [network.result for network in networks]
-    print(table(names, results, dataset.classes))
+    columns = columns_of(networks, args)
+    print(write_table(columns, dataset.classes, args.format, args.group), file=stream)
+
+
+def columns_of(networks, args):
+    """-> [Column] of the table: a network each, or with --group the seeds of a recipe each."""
+    if not args.group:
+        return [Column(network.name, [network.result]) for network in networks]
+    folders = [Path(network.path).parent for network in networks]
+    columns = []
+    for group in group_runs(folders, args.names):
+        results = [networks[i].result for i in group.members]
+        seeds = [seed for seed in group.seeds if seed is not None]
+        columns.append(Column(group.name, results, seeds))
+    return columns
 
 
 def describe_network(network, args):
@@ -394,6 +354,13 @@ def build_parser():
                              "(default: at the labels' resolution)")
     parser.add_argument("--names", nargs="+", metavar="NAME",
                         help="what table and pictures call the checkpoints (default: their paths)")
+    parser.add_argument("--group", action="store_true",
+                        help="seeds of one recipe are one column, mean +- standard deviation: told "
+                             "by the runs' recipe.json, or by --names, one name for all seeds of a "
+                             "recipe (default: a column for each checkpoint)")
+    parser.add_argument("--format", choices=FORMATS, default="text",
+                        help="how the table is written; the other lines go to stderr where it is "
+                             "not text (default: text)")
     parser.add_argument("--json", metavar="FILE",
                         help="write the scores and confusion matrices for machines")
     parser.add_argument("--picture", metavar="FILE",
@@ -417,13 +384,20 @@ def check_flags(parser, args):
         parser.error("--quarter is the paper's protocol, which has no windows, scales or flips")
     if args.names and len(args.names) != len(args.checkpoints):
         parser.error(f"--names: {len(args.names)} names for {len(args.checkpoints)} checkpoints")
-    if args.names and len(set(args.names)) < len(args.names):
-        parser.error("--names: two of them are the same")
+    if args.names and len(set(args.names)) < len(args.names) and not args.group:
+        parser.error("--names: two of them are the same (with --group they are one column)")
 
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
+    table_stream = sys.stdout
+    everything_else = sys.stdout if args.format == "text" else sys.stderr
+    with contextlib.redirect_stdout(everything_else):
+        run(parser, args, table_stream)
+
+
+def run(parser, args, table_stream):
     args.checkpoints = list(dict.fromkeys(args.checkpoints))      # given twice, it is one column
     check_flags(parser, args)
     keep_freed_memory()
@@ -433,6 +407,8 @@ def main():
         networks.append(Network(path, name, open_model(path, args.size, device)))
     choose_data(args, {network.path: network.model for network in networks})
     dataset = open_dataset(args.data, args.split, args.fold, args.folds, fold_by=args.fold_by)
+    if args.group:
+        columns_of(networks, args)                                # what is wrong is said now
     for network in networks:
         check_classes(network.model, network.path, dataset)
         warn_of_leak(network.model, network.path, args)
@@ -440,7 +416,7 @@ def main():
     with autocast(device, args.amp):
         for network in networks:
             network.result = score(network, dataset, args)
-        print_scores(networks, dataset, args)
+        print_scores(networks, dataset, args, table_stream)
         if args.json:
             write_json(networks, dataset, args)
         if args.picture or args.overlay or args.strip or args.plot:

@@ -5,6 +5,7 @@
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from eval import evaluate, scores, segment
 from extras.cli import UsageError, make_folder, show_progress
 from extras.pictures import grid, legend, overlay
+from extras.seed_groups import Group, group_runs
 from extras.view_flags import segment_options
 
 GAP = 4                                                           # pixels above the legend
@@ -110,10 +112,19 @@ def draw_strip(networks, dataset, args):
 
 
 def plot(networks, dataset, args):
-    from extras.plots import plot_all  # needs matplotlib
+    from extras.plots import checkpoint_names, merge_results, plot_all  # needs matplotlib
 
     paths = [network.path for network in networks]
-    results = [network.result for network in networks]
-    folder = make_folder(args.plot)
-    for path in plot_all(paths, results, dataset.classes, folder, args.names):
+    folders = [Path(path).parent for path in paths]
+    if args.group:
+        groups = group_runs(folders, args.names)
+    else:
+        names = args.names or checkpoint_names(paths)
+        groups = [Group(name, [i]) for i, name in enumerate(names)]
+    runs = {}
+    results = []
+    for group in groups:
+        runs[group.name] = [folders[i] for i in group.members]
+        results.append(merge_results([networks[i].result for i in group.members]))
+    for path in plot_all(runs, results, dataset.classes, make_folder(args.plot)):
         print(path)

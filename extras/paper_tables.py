@@ -23,6 +23,7 @@ from pathlib import Path
 
 from extras.cli import UsageError, run_command
 from extras.lever_table import lever_rows
+from extras.score_table import markdown, spread
 
 RESULTS = Path("docs/RESULTS.md")
 README = Path("README.md")
@@ -144,15 +145,6 @@ def read_row(folder, has_quarter=True):
 
 # ---------------------------------------------------------------- numbers
 
-def spread(values, sign=""):
-    """Percent: mean, and +- standard deviation where there are several; sign "+": with its sign."""
-    values = [100 * value for value in values]
-    text = f"{statistics.mean(values):{sign}.2f}"
-    if len(values) > 1:
-        text += f" +- {statistics.stdev(values):.2f}"
-    return text
-
-
 def differences(runs, base):
     """{seed: runs - base in mIoU}, over the seeds that both have."""
     base_miou = {run.seed: run.full["miou"] for run in base}
@@ -219,13 +211,6 @@ def baseline(found, name):
 
 
 # ---------------------------------------------------------------- text
-
-def markdown(head, rows):
-    lines = []
-    for cells in [head, ["---"] * len(head), *rows]:
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
 
 def capitalise(text):
     """The first letter large, the others as they are."""
@@ -513,9 +498,10 @@ def draw(folder):
         row = read_row(folder / name)
         if row:
             runs[ROWS[name][0]] = row[0]
-    folders = {title: run.folder for title, run in runs.items()}
+    folders = {title: [run.folder] for title, run in runs.items()}
     results = [run.full for run in runs.values()]
-    classes = read_json(next(iter(folders.values())) / "test.json")["classes"]
+    first = next(iter(runs.values()))
+    classes = read_json(first.folder / "test.json")["classes"]
     return plot_runs(folders, results, classes, folder)
 
 

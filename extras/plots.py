@@ -2,6 +2,7 @@
 
     python eval.py runs/a/best.pth runs/b/best.pth --plot figures/     # all of them
     python -m extras.plots runs/a runs/b --out figures/                # the first two, from logs
+    python -m extras.plots runs/kd/* runs/plain/* --group --out figures/      # a band for the seeds
 
     loss.png        total loss over training, a line a run                      (EffiSeg's figure 4)
     miou.png        mIoU on the validation split over training                  (figure 5)
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from extras.cli import UsageError, make_folder, run_command
+from extras.seed_groups import group_runs
 
 STYLE = {
     "figure.figsize": (6.4, 4), "figure.dpi": 160, "savefig.bbox": "tight",
@@ -91,43 +93,68 @@ def first_distinct(*candidates):
 # ---------------------------------------------------------------- figures, each -> its files
 
 def plot_loss(runs, out):
-    """Total loss over training. runs: {name: folder}."""
+    """Total loss over training. runs: {name: [folder]}, the seeds of a recipe each."""
     lines = {}
-    for name, data in read_runs(runs, "log.csv", "loss", out).items():
-        window = max(1, len(data["loss"]) // 50)
-        lines[name] = (data["step"], running_mean(data["loss"], window))
+    for name, seeds in read_runs(runs, "log.csv", "loss", out).items():
+        lines[name] = []
+        for data in seeds:
+            window = max(1, len(data["loss"]) // 50)
+            lines[name].append((data["step"], running_mean(data["loss"], window)))
     return plot_lines(lines, "loss (running mean)", out)
 
 
 def plot_miou(runs, out):
-    """mIoU at each validation. runs: {name: folder}."""
+    """mIoU at each validation. runs: {name: [folder]}, the seeds of a recipe each."""
     lines = {}
-    for name, data in read_runs(runs, "scores.csv", "miou", out).items():
-        lines[name] = (data["step"], 100 * data["miou"])
+    for name, seeds in read_runs(runs, "scores.csv", "miou", out).items():
+        lines[name] = [(data["step"], 100 * data["miou"]) for data in seeds]
     return plot_lines(lines, "mIoU on the validation split, %", out, marker=".")
 
 
 def read_runs(runs, file, column, out):
-    """-> {name: its columns "step" and `column` of `file`}; a run without is named and left out."""
+    """-> {name: [columns "step" and `column` of each folder's `file`]}; a run without is named and
+    left out."""
     found = {}
-    for name, folder in runs.items():
-        data = read_columns(Path(folder) / file, ("step", column))
-        if data is None:
-            print(f"{out.name}: no {file} in {folder}")
-        else:
-            found[name] = data
+    for name, folders in runs.items():
+        for folder in folders:
+            data = read_columns(Path(folder) / file, ("step", column))
+            if data is None:
+                print(f"{out.name}: no {file} in {folder}")
+            else:
+                found.setdefault(name, []).append(data)
     return found
 
 
+def mean_line(seeds):
+    """[(steps, values)] of several seeds -> (steps that all have, mean, standard deviation)."""
+    steps = seeds[0][0]
+    for other, _ in seeds[1:]:
+        steps = np.intersect1d(steps, other)
+    rows = []
+    for own, values in seeds:
+        rows.append(values[np.isin(own, steps)])
+    deviation = np.std(rows, axis=0, ddof=1) if len(rows) > 1 else np.zeros(len(steps))
+    return steps, np.mean(rows, axis=0), deviation
+
+
 def plot_lines(lines, label, out, marker=None):
-    """{name: (steps, values)} -> a figure, or none where there is no line."""
+    """{name: [(steps, values)]} -> a figure, or none where there is no line. Of several seeds the
+    mean is drawn, in a band one standard deviation high and low."""
     if not lines:
         return []
     plt = import_pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
-        for name, (steps, values) in lines.items():
-            axes.plot(steps, values, label=name, marker=marker)
+        for name, seeds in lines.items():
+            steps, mean, deviation = mean_line(seeds)
+            if not len(steps):
+                print(f"{out.name}: the seeds of {name} have no step in common")
+                continue
+            title = f"{name}, {len(seeds)} seeds" if len(seeds) > 1 else name
+            line, = axes.plot(steps, mean, label=title, marker=marker)
+            if len(seeds) > 1:
+                axes.fill_between(steps, mean - deviation, mean + deviation,
+                                  color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(xlabel="step", ylabel=label)
         axes.legend()
         figure.savefig(out)
@@ -182,30 +209,39 @@ def plot_confusion(name, result, classes, out):
 # ---------------------------------------------------------------- all of them
 
 def plot_curves(runs, folder):
-    """The paper's figures 4 and 5. runs: {name: its folder} -> the files written."""
+    """The paper's figures 4 and 5. runs: {name: [its folders]} -> the files written."""
     return plot_loss(runs, folder / "loss.png") + plot_miou(runs, folder / "miou.png")
 
 
 def plot_runs(runs, results, classes, folder):
     """The paper's figures 4, 5 and 6 -> the files written.
 
-    runs: {name: its folder}; results: their scores, in the same order.
+    runs: {name: [its folders]}; results: their scores, in the same order.
     """
     written = plot_curves(runs, folder)
     return written + plot_radar(list(runs), results, classes, folder / "radar.png")
 
 
-def plot_all(paths, results, classes, folder, names=None):
-    """All figures of the checkpoints at `paths` -> the files written.
+def plot_all(runs, results, classes, folder):
+    """All figures -> the files written.
 
-    results: of each its scores and "confusion"; names: None for what tells the paths apart.
+    runs: {name: [its folders]}; results: of each its scores and "confusion", see `merge_results`.
     """
-    names = names or checkpoint_names(paths)
-    runs = {name: Path(path).parent for name, path in zip(names, paths, strict=True)}
     written = plot_runs(runs, results, classes, folder)
-    for i, (name, result) in enumerate(zip(names, results, strict=True), 1):
+    for i, (name, result) in enumerate(zip(runs, results, strict=True), 1):
         written += plot_confusion(name, result, classes, folder / f"confusion_{i}.png")
     return written
+
+
+def merge_results(results):
+    """The scores and "confusion" of several seeds -> those of their recipe: mean scores, and all
+    pixels in one confusion matrix."""
+    iou = np.array([result["iou"] for result in results], float)  # (seeds, C)
+    return {
+        "miou": float(np.mean([result["miou"] for result in results])),
+        "iou": iou.mean(0).tolist(),
+        "confusion": np.sum([result["confusion"] for result in results], axis=0).tolist(),
+    }
 
 
 def main():
@@ -215,6 +251,9 @@ def main():
                     "Radar and confusion matrices: python eval.py CHECKPOINT... --plot DIR")
     parser.add_argument("runs", nargs="+", metavar="RUN",
                         help="folders of runs, with log.csv and scores.csv")
+    parser.add_argument("--group", action="store_true",
+                        help="seeds of one recipe are one line, their mean, in a band of their "
+                             "standard deviation (default: a line for each run)")
     parser.add_argument("--out", metavar="DIR", required=True,
                         help="where to write loss.png and miou.png")
     args = parser.parse_args()
@@ -223,7 +262,12 @@ def main():
     for run in folders:
         if not Path(run).is_dir():
             raise UsageError(f"{run}: there is no such folder of a run")
-    runs = dict(zip(run_names(folders), folders, strict=True))
+    if args.group:
+        runs = {}
+        for group in group_runs(folders):
+            runs[group.name] = [folders[i] for i in group.members]
+    else:
+        runs = {name: [run] for name, run in zip(run_names(folders), folders, strict=True)}
     written = plot_curves(runs, make_folder(args.out))
     if not written:
         raise UsageError("none of these folders holds a run's log.csv or scores.csv")

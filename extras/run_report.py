@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import table
 from extras.cli import NotFinite
 from extras.comparison import draw_comparison, spread_indices
 from extras.distributed import rank, world_size
 from extras.fit_log import FitLog
 from extras.run_folder import Log, choose_folder, git_commit
+from extras.score_table import table
 from model import load_checkpoint
 
 REPORT_EVERY = 20                                      # steps between two reads from the device

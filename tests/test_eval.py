@@ -18,10 +18,10 @@ from eval import (
     no_nan,
     scores,
     segment,
-    table,
 )
 from extras.comparison import draw_comparison, spread_indices
 from extras.provenance import warn_of_leak
+from extras.score_table import table
 from model import load_checkpoint, save_checkpoint, segformer
 
 
