@@ -10,6 +10,7 @@ import numpy as np
 
 from extras.annotations import VOID, Notes
 
+REST = ", and all that nothing was drawn on"
 MOST_OVERLAPS = 10                                                # that are listed
 
 
@@ -64,10 +65,13 @@ def describe_classes(report, classes):
         if report.regions:
             line += f", {report.regions[name]} regions"
         if i == classes.rest:
-            line += ", and all that nothing was drawn on"
+            line += REST
         lines.append(line)
     void = 100 * report.pixels[VOID] / total
-    lines.append(f"  {VOID:>3}  {'void':<20}{void:8.3f} % of the pixels")
+    line = f"  {VOID:>3}  {'void':<20}{void:8.3f} % of the pixels"
+    if classes.rest == VOID:
+        line += REST
+    lines.append(line)
     return lines
 
 
