@@ -125,6 +125,44 @@ def test_labelme_masks_lines_points_and_void(tmp_path):
     assert (label == 1).sum() in range(60 * 4, 66 * 5)            # lane, before sign
 
 
+def test_a_file_of_overlapping_shapes_is_what_labelme_renders(tmp_path):
+    shape = pytest.importorskip("labelme.utils.shape", reason="labelme is not installed",
+                                exc_type=ImportError)
+    rng = np.random.default_rng(0)
+    shapes = []
+    counts = {"polygon": 6, "rectangle": 2, "circle": 2, "linestrip": 3}
+    for i, (kind, count) in enumerate(list(counts.items()) * 3):
+        points = rng.uniform([0, 0], [64, 48], (count, 2)).tolist()
+        shapes.append({"label": "abc"[i % 3], "shape_type": kind, "points": points})
+    labelme_file(tmp_path / "source", shapes)
+    import_masks("labelme", tmp_path / "source", tmp_path / "out", "--line-width", 10)
+    ours = np.asarray(Image.open(tmp_path / "out" / "labels" / "a.png"))
+    theirs, _ = shape.shapes_to_label((48, 64), shapes, {"a": 1, "b": 2, "c": 3})
+    assert (ours == theirs).all() and len(np.unique(ours)) == 4
+
+
+def test_a_coco_file_is_what_pycocotools_draws(tmp_path):
+    """Up to the pixels whose centres lie on a line; the areas are given to no other class."""
+    coco = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
+    rng = np.random.default_rng(1)
+    annotations = []
+    for i in range(2):
+        points = rng.uniform([0, 0], [64, 48], (7, 2)).round(2)
+        away = points - points.mean(0)
+        points = points[np.argsort(np.arctan2(away[:, 1], away[:, 0]))]     # no side crosses another
+        annotations.append({"id": i + 1, "image_id": 1, "category_id": i + 1, "iscrowd": 0,
+                            "segmentation": [points.ravel().tolist()]})
+    coco_file(tmp_path / "source", annotations)
+    import_masks("coco", tmp_path / "source", tmp_path / "out")
+    ours = np.asarray(Image.open(tmp_path / "out" / "labels" / "a.png"))
+    read = coco.COCO(str(tmp_path / "source" / "instances.json"))
+    masks = [read.annToMask(annotation) for annotation in annotations]
+    theirs = np.zeros((48, 64), np.uint8)
+    for i in sorted(range(2), key=lambda i: masks[i].sum(), reverse=True):  # the smaller on top
+        theirs[masks[i] > 0] = i + 1
+    assert (ours != theirs).mean() < 0.01 and len(np.unique(ours)) == 3
+
+
 def coco_file(folder, annotations, images=None, categories=None):
     write_photos(folder, ("a.jpg",))
     content = {
