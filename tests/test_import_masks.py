@@ -149,7 +149,7 @@ def test_a_coco_file_is_what_pycocotools_draws(tmp_path):
     for i in range(2):
         points = rng.uniform([0, 0], [64, 48], (7, 2)).round(2)
         away = points - points.mean(0)
-        points = points[np.argsort(np.arctan2(away[:, 1], away[:, 0]))]     # no side crosses another
+        points = points[np.argsort(np.arctan2(away[:, 1], away[:, 0]))]  # no side crosses another
         annotations.append({"id": i + 1, "image_id": 1, "category_id": i + 1, "iscrowd": 0,
                             "segmentation": [points.ravel().tolist()]})
     coco_file(tmp_path / "source", annotations)
