@@ -19,8 +19,8 @@ from extras.cli import UsageError
 
 # Of a recipe: what may differ between the seeds of one row.
 FREE = ("seed", "out", "command", "commit", "cache", "workers", "tensorboard", "resume", "device",
-        "device_used", "device_name", "threads", "torch", "compile", "eval_every", "teacher",
-        "class_weights", "processes")
+        "device_used", "device_name", "threads", "torch", "compile", "eval_every", "fit_log",
+        "teacher", "class_weight", "processes")
 
 
 @dataclass
@@ -45,13 +45,34 @@ def read_recipe(folder):
 
 
 def kernel(recipe, depth=0):
-    """What a recipe says but for what is FREE; of its teacher the same, where its run is there."""
-    kept = {name: value for name, value in recipe.items() if name not in FREE}
+    """What a recipe says but for what is FREE, and of its teacher the same, where its run is there.
+
+    A flag that is off is left out: recipes from before there was such a flag do without it too.
+    """
+    kept = {}
+    for name, value in recipe.items():
+        if name not in FREE and not is_off(name, recipe):
+            kept[name] = value
+    if isinstance(kept.get("class_weights"), list):               # before it was the flag's name
+        kept["class_weights"] = "enet"
     teacher = recipe.get("teacher")
     if teacher is not None:
         known = read_recipe(Path(teacher).parent) if depth < 4 else None
         kept["teacher"] = kernel(known, depth + 1) if known else teacher
     return kept
+
+
+def is_off(name, recipe):
+    """Does this field change nothing: no value, a loss of weight 0, or the temperature of one?"""
+    value = recipe[name]
+    if value is None or value is False:
+        return True
+    if name == "unlabelled_frames" or name.startswith("lambda_"):
+        return value == 0
+    if name.endswith("temperature"):
+        term = name.removesuffix("temperature").rstrip("_") or "kl"
+        return not recipe.get(f"lambda_{term}")
+    return False
 
 
 def group_runs(folders, names=None):
