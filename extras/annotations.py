@@ -102,12 +102,18 @@ class Source:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise DatasetError(f"{folder}: there is no such folder")
-        self.files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        self.files = sorted(path for path in self.folder.rglob("*") if self.is_wanted(path))
         self.pictures = [path for path in self.files if path.suffix.lower() in PHOTO_SUFFIXES]
         self.by_name = {}
         for path in self.pictures:
             self.by_name.setdefault(path.name.lower(), []).append(path)
         self.notes = Notes()
+
+    def is_wanted(self, path):
+        """Is it a file that a person sees? macOS packs hidden ones beside each, ._a.png."""
+        names = path.relative_to(self.folder).parts
+        hidden = any(name.startswith(".") or name == "__MACOSX" for name in names)
+        return not hidden and path.is_file()
 
     def with_suffix(self, suffix):
         return [path for path in self.files if path.suffix.lower() == suffix]

@@ -246,6 +246,22 @@ def test_photos_of_one_name_keep_their_folders_apart(tmp_path):
     assert label[0, 0] == classes.index("bonn")
 
 
+def test_hidden_files_are_not_looked_at_and_two_suffixes_are_two_names(tmp_path):
+    source = tmp_path / "source"
+    write_voc(source)
+    (source / "SegmentationClass" / "._a.png").write_bytes(b"no picture")
+    (source / "__MACOSX").mkdir()
+    (source / "__MACOSX" / "labelmap.txt").write_bytes(b"\xff")
+    assert "3 frames in" in import_masks("voc", source, tmp_path / "out")
+
+    triangle = [{"label": "x", "points": [[0, 0], [20, 0], [0, 20]]}]
+    labelme_file(tmp_path / "two", triangle, name="a.jpg")
+    (tmp_path / "two" / "a.json").rename(tmp_path / "two" / "first.json")
+    labelme_file(tmp_path / "two", triangle, name="a.png")
+    import_masks("labelme", tmp_path / "two", tmp_path / "two-out")
+    assert sorted(frames_of(tmp_path / "two-out", "train", "val")) == ["a", "a_jpg"]
+
+
 def test_pictures_without_a_drawing_are_left_out_and_said(tmp_path):
     labelme_file(tmp_path / "source", [{"label": "x", "points": [[0, 0], [20, 0], [0, 20]]}])
     labelme_file(tmp_path / "source", [], name="empty.jpg")

@@ -112,7 +112,8 @@ def test_runs_of_one_recipe_are_found(tmp_path):
 def test_recipes_from_before_a_flag_go_with_those_where_it_is_off(tmp_path):
     old = {"lambda_kl": 0.0, "temperature": 1.0, "class_weights": [3.1, 4.2], "fold": None}
     new = {"lambda_kl": 0.0, "temperature": 4.0, "class_weights": "enet",
-           "class_weight": [3.1, 4.2], "fold": None, "ema": None, "lambda_cwd": 0.0, "cwd_temperature": 4.0, "fit_log": True}
+           "class_weight": [3.1, 4.2], "fold": None, "ema": None,
+           "lambda_cwd": 0.0, "cwd_temperature": 4.0, "fit_log": True}
     runs = [write_recipe(tmp_path / "r" / "0", seed=0, **old),
             write_recipe(tmp_path / "r" / "1", seed=1, **new)]
     others = [{"ema": 0.999}, {"fold": 0}, {"lambda_cwd": 1.0}, {"class_weights": "sqrt"},
