@@ -7,6 +7,7 @@ the upper half. In all of them the car is the smaller area, drawn later.
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 SIZE = (48, 64)                                                   # (H, W)
@@ -112,6 +113,16 @@ def write_voc(root, palette=False):
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("a\nb\n")
     (lists / "val.txt").write_text("c\n")
+
+
+def import_labelme():
+    """-> LabelMe's own renderer; skips the test where it is not installed."""
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        return pytest.importorskip("labelme.utils.shape", reason="labelme is not installed",
+                                   exc_type=ImportError)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit                            # which it takes away from Pillow
 
 
 WRITERS = {"coco": write_coco, "labelme": write_labelme, "cvat": write_cvat, "voc": write_voc}

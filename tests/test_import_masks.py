@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import command
 from data import open_dataset
-from labelled_photos import WRITERS, expected_label, write_photos, write_voc
+from labelled_photos import WRITERS, expected_label, import_labelme, write_photos, write_voc
 
 
 def import_masks(*args, code=0):
@@ -126,8 +126,7 @@ def test_labelme_masks_lines_points_and_void(tmp_path):
 
 
 def test_a_file_of_overlapping_shapes_is_what_labelme_renders(tmp_path):
-    shape = pytest.importorskip("labelme.utils.shape", reason="labelme is not installed",
-                                exc_type=ImportError)
+    shape = import_labelme()
     rng = np.random.default_rng(0)
     shapes = []
     counts = {"polygon": 6, "rectangle": 2, "circle": 2, "linestrip": 3}

@@ -12,6 +12,7 @@ from extras.mask_shapes import (
     fill_polygon,
     fill_polygons,
 )
+from labelled_photos import import_labelme
 
 
 def distance_to_line(points, height, width):
@@ -83,8 +84,7 @@ def test_several_parts_are_what_is_inside_any():
 @pytest.mark.parametrize("kind, count", [("polygon", 5), ("rectangle", 2), ("circle", 2),
                                          ("line", 2), ("linestrip", 4), ("oriented_rectangle", 4)])
 def test_labelme_shapes_are_those_of_labelme(kind, count):
-    shape = pytest.importorskip("labelme.utils.shape", reason="labelme is not installed",
-                                exc_type=ImportError)
+    shape = import_labelme()
     rng = np.random.default_rng(0)
     for _ in range(20):
         points = rng.uniform(-5, 45, (count, 2))
