@@ -53,8 +53,10 @@ class Annotations:
     labels: dict
     decode_mask: Callable | None = None
     overlap_rule: str = ""
+    leaves_rest: bool = True                                      # pixels that nothing is drawn on
 
 
+LONGEST_NAME = 100                                                # of a class
 VOID = 255                                                        # in a decoded mask
 UNPAINTED = 254                                                   # no label was drawn there
 
@@ -181,7 +183,8 @@ def read_class_list(path):
     """A file of classes, a line each: name [R G B] -> {name: (R, G, B) or None}."""
     lines = [read_class(line) for line in read_lines(path)]
     classes = dict(lines)
-    if not classes or len(classes) < len(lines):
+    longest = max((len(name) for name in classes), default=0)
+    if not classes or len(classes) < len(lines) or longest > LONGEST_NAME:
         raise DatasetError(f"{path}: it must name classes, a line each, no name twice")
     return classes
 

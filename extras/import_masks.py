@@ -55,6 +55,7 @@ from extras.mask_shapes import ShapeError
 READERS = {"coco": masks_coco, "labelme": masks_labelme, "cvat": masks_cvat, "voc": masks_voc}
 BACKGROUND = "background"
 VOID_LABELS = ("void", "ignore", "__ignore__")                    # drawn with these, it is void
+MOST_LISTED = 20                                                  # classes, in an error
 JPEG_QUALITY = 95                                                 # of photos that must be turned
 
 
@@ -68,18 +69,23 @@ class Classes:
 
 # ---------------------------------------------------------------- classes
 
-def choose_classes(labels, options, rest):
+def choose_classes(annotations, options, rest):
     """The labels of a tool, --classes and --rest -> Classes."""
+    labels = annotations.labels
     names = dict(options.classes or labels)
     void = [name for name in names if name.lower() in VOID_LABELS]
     for name in void:
         del names[name]
     rest_name = find_rest(names, rest)
+    if rest_name is None and rest == BACKGROUND and not annotations.leaves_rest:
+        rest = "void"                                             # no pixel would be in that class
     if rest_name is None and rest == BACKGROUND and not options.classes:
         names = {BACKGROUND: NEUTRAL, **names}
         rest_name = BACKGROUND
     if rest_name is None and rest != "void":
-        listed = ", ".join(names)
+        listed = ", ".join(list(names)[:MOST_LISTED])
+        if len(names) > MOST_LISTED:
+            listed += ", ..."
         raise UsageError(f"--rest {rest}: it is none of the classes ({listed}); name one of them, "
                          f"or void")
     if len(names) >= INVALID:
@@ -307,7 +313,7 @@ def main():
     source = Source(args.source)
 
     annotations = READERS[args.kind].read(source, options)
-    classes = choose_classes(annotations.labels, options, args.rest)
+    classes = choose_classes(annotations, options, args.rest)
     named = name_frames(annotations.frames, source)
     report = write_all(named, annotations, classes, args.out, args, source.notes)
 

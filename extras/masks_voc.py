@@ -57,7 +57,8 @@ def read(source, options):
         split = splits.get(stem[-1]) or source.split_of(photo)
         frames.append(Frame(mask, photo, mask=mask, split=split))
     decode = mask_decoder([frame.mask for frame in frames], labels, options)
-    return Annotations(frames, labels, decode_mask=decode)
+    rest = any(has_unpainted(frame.mask, decode) for frame in frames)
+    return Annotations(frames, labels, decode_mask=decode, leaves_rest=rest)
 
 
 # ---------------------------------------------------------------- which files
@@ -172,6 +173,14 @@ def grey_values(paths):
             return None
         values.update(np.unique(pixels[..., 0]).tolist())
     return values
+
+
+def has_unpainted(path, decode):
+    """Is a pixel of a mask of no class and not void? False for one that cannot be read."""
+    try:
+        return bool((decode(path) == UNPAINTED).any())
+    except (DatasetError, Unusable):                              # said when it is written
+        return False
 
 
 def decode_ids(path, labels):

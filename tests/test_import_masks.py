@@ -59,6 +59,21 @@ def test_the_same_photos_come_out_of_every_tool(kind, tmp_path):
     assert "3 of 3 classes met" in checked
 
 
+def test_a_class_for_the_rest_is_only_added_where_there_is_a_rest(tmp_path):
+    source = tmp_path / "source"
+    write_voc(source)
+    labels = (source / "labelmap.txt").read_text()
+    (source / "labelmap.txt").write_text(labels.replace("background:0,0,0::\n", ""))
+    import_masks("voc", source, tmp_path / "black")               # black is no class: the rest
+    frames = frames_of(tmp_path / "black", "train")
+    assert (frames["a"] == expected_label({"background": 0, "car": 1, "road": 2})).all()
+    (source / "labelmap.txt").write_text(labels.replace("background", "sky"))
+    import_masks("voc", source, tmp_path / "all")
+    frames = frames_of(tmp_path / "all", "train")
+    assert (frames["a"] == expected_label({"background": 0, "car": 1, "road": 2})).all()
+    assert (tmp_path / "all" / "classes.txt").read_text().startswith("sky 0 0 0\ncar ")
+
+
 def test_masks_with_a_palette_are_read_by_its_colours(tmp_path):
     write_voc(tmp_path / "source", palette=True)
     import_masks("voc", tmp_path / "source", tmp_path / "out")
@@ -381,6 +396,7 @@ def test_entities_of_xml_are_not_expanded(tmp_path):
     (["coco", "{source}", "{tmp}/o", "--line-width", "3"], "--line-width goes with"),
     (["voc", "{source}", "{tmp}/o", "--keep-empty"], "--keep-empty goes with"),
     (["labelme", "{source}", "{tmp}/o", "--classes", "/no/file"], "/no/file"),
+    (["labelme", "{source}", "{tmp}/o", "--classes", "{source}/a.json"], "it must name classes"),
     (["labelme", "{source}"], "required: DIR"),
     (["paint", "{source}", "{tmp}/o"], "invalid choice"),
 ])
