@@ -136,8 +136,10 @@ def paste_bitmap(bitmap, corner, height, width):
     edges is cut off -> bool (height, width)."""
     x, y = corner
     rows, columns = bitmap.shape
-    top, bottom = max(0, y), min(height, y + rows)
-    left, right = max(0, x), min(width, x + columns)
+    top = max(0, y)
+    left = max(0, x)
+    bottom = min(height, y + rows)
+    right = min(width, x + columns)
     mask = np.zeros((height, width), bool)
     if top < bottom and left < right:
         mask[top:bottom, left:right] = bitmap[top - y:bottom - y, left - x:right - x]
