@@ -18,7 +18,6 @@ import json
 import platform
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,6 +32,7 @@ from extras.measure import (
     print_row,
     run_in_turns,
 )
+from extras.outputs import output_path, write_text
 from extras.roofline import count_macs
 from model import NORMS, SIZES, SMALLEST, segformer
 
@@ -249,7 +249,8 @@ def build_parser():
     parser.add_argument("--data", metavar="SPEC",
                         help="what the subject data reads: camvid:DIR, cityscapes:DIR or "
                              "folder:DIR (default: drawn frames, written as .png)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers for machines")
+    parser.add_argument("--json", metavar="FILE", type=output_path,
+                        help="write the numbers for machines")
     return parser
 
 
@@ -265,8 +266,6 @@ def main():
     for name in args.subjects:
         if name not in SUBJECTS:
             parser.error(f"unknown subject {name!r}: choose from {', '.join(SUBJECTS)}")
-    if args.json and not Path(args.json).parent.is_dir():
-        parser.error(f"--json {args.json}: there is no such folder")
     device = pick_device(args.device)
     dtype = AMP_DTYPES.get(args.dtype, torch.float32)
     options = Options(tuple(args.size), args.batch, args.rounds, device, dtype, args.classes,
@@ -283,7 +282,7 @@ def main():
             # after each: what is measured is not lost if the next one fails
             content = {**vars(args), "device": device_name(device), "torch": torch.__version__,
                        "results": results}
-            Path(args.json).write_text(json.dumps(content, indent=1))
+            write_text(args.json, json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

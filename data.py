@@ -34,6 +34,7 @@ References
 """
 
 import colorsys
+import contextlib
 import importlib
 import math
 import os
@@ -53,9 +54,11 @@ SPLITS = ("train", "val", "test")
 PAD = (124, 116, 104)                                             # ImageNet's mean: 0, normalised
 LUMINANCE = (0.299, 0.587, 0.114)                                 # of R, G, B (ITU-R BT.601)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-# What a file is ever taken for, whatever its name: no format that runs another program.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+# What a file is taken for, whatever its name. Pillow knows formats that run a program to be read.
+FRAME_FORMATS = ("PNG", "JPEG")
+PHOTO_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 ORIENTATION = 0x0112                                              # EXIF's tag
+MOST_BYTES = 2 ** 30                                              # of a picture's file
 BROKEN_PICTURE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 CAMVID = {
@@ -126,8 +129,11 @@ class Dataset:
     def use_cache(self, folder):
         """Keep decoded frames in `folder`; drawn ones need it not."""
 
-    def quick_check(self):
-        """Raise DatasetError for what a quick look at every frame shows to be broken."""
+    def quick_check(self, smallest=1):
+        """Raise DatasetError for what a quick look at every frame shows to be broken.
+
+        smallest: pixels that each side of an image must have
+        """
 
     def __len__(self):
         return len(self.stems)
@@ -202,13 +208,21 @@ class Files(Dataset):
     def where(self, i):
         return self.paths[i][0]
 
-    def quick_check(self):
+    def quick_check(self, smallest=1):
         """Look at every file's head and tail, so that what is broken is said before an hour of
         training, not after it."""
+        checks = find_checks()
         for i, (image_path, label_path) in enumerate(self.paths):
             image_size = measure_picture(image_path)
             label_size = measure_picture(label_path, self.label_mode)
             self.check_sizes(i, image_size, label_size)
+            if min(image_size) < smallest:
+                raise DatasetError(f"{image_path}: {image_size[1]}x{image_size[0]} pixels, "
+                                   f"the network needs {smallest}x{smallest} at least")
+            if checks:
+                checks.check_end(image_path)
+        if checks:
+            checks.check_labelled(self)
 
     def read_frame(self, i):
         if self.cache:
@@ -378,12 +392,13 @@ class Folder(Files):
 
     def find_frames(self, split):
         pairs = self.find_all_frames()
-        lists = [name for name in SPLITS if (self.root / f"{name}.txt").is_file()]
+        lists = [name for name in SPLITS if os.path.lexists(self.root / f"{name}.txt")]
         path = self.root / f"{split}.txt"
         if not lists:
             stems = self.cut_by_order(list(pairs), split)
         elif split in lists:
             stems = read_lines(path)
+            self.check_lists_are_apart(lists)
         else:
             raise DatasetError(f"{path}: there is no such list of stems (found {', '.join(lists)})")
         if not stems:
@@ -392,6 +407,16 @@ class Folder(Files):
             if stem not in pairs:
                 raise DatasetError(f"{path}: no image has the stem {stem!r}")
         return {stem: pairs[stem] for stem in stems}
+
+    def check_lists_are_apart(self, lists):
+        """Raise DatasetError for a frame that is trained and scored on. val and test may share."""
+        stems = {name: read_lines(self.root / f"{name}.txt") for name in lists}
+        trained = set(stems.pop("train", ()))
+        for name, held_out in stems.items():
+            for stem in held_out:
+                if stem in trained:
+                    raise DatasetError(f"{self.root / name}.txt: it names {stem!r}, and so does "
+                                       f"train.txt: a network would be scored on what it learned")
 
     def cut_by_order(self, stems, split):
         """-> the stems of a split without lists. The last fifth is val: frames are often video, so
@@ -420,6 +445,9 @@ def read_classes(root):
     if not 0 < len(colours) == len(lines) < INVALID:
         raise DatasetError(f"{path}: it must name 1 to {INVALID - 1} classes, a line each, "
                            f"no name twice")
+    checks = find_checks()
+    if checks:
+        checks.check_class_names(colours, path)
     return colours
 
 
@@ -494,10 +522,18 @@ def find_dataset(spec):
                            f"folder:DIR")
     if kind == "toy":
         return Toy()
-    root = Path(folder).expanduser()
+    root = expand_user(folder)
     if not root.is_dir():
         raise DatasetError(f"{root}: there is no such folder")
     return READERS[kind](root)
+
+
+def expand_user(folder):
+    """-> Path, with the home folder for ~. Raises DatasetError for a user who is not there."""
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise DatasetError(f"{folder}: there is no such user's home folder") from None
 
 
 # ---------------------------------------------------------------- folds
@@ -713,12 +749,16 @@ def read_picture(path, mode=None, upright=False):
     Raises DatasetError.
     """
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with open_picture(path, PHOTO_FORMATS if upright else FRAME_FORMATS) as picture:
             check_picture_mode(picture, path, mode, upright)
             if holds_ids(picture, mode):
                 return np.array(picture)
             turned = ImageOps.exif_transpose(picture) if upright else picture
-            return np.array(turned.convert("RGB"))
+            image = np.array(turned.convert("RGB"))
+            checks = find_checks()
+            if checks:
+                checks.check_whole(picture, path)
+            return image
     except FileNotFoundError:
         raise DatasetError(f"{path}: there is no such file") from None
     except DatasetError:
@@ -726,6 +766,17 @@ def read_picture(path, mode=None, upright=False):
     except BROKEN_PICTURE as error:
         reason = str(error).replace(str(path), "").strip(" '")
         raise DatasetError(f"{path}: not an image that can be read ({reason})") from None
+
+
+@contextlib.contextmanager
+def open_picture(path, formats=FRAME_FORMATS):
+    """The one place where a picture is opened -> PIL's, its pixels not read yet."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DatasetError(f"{path}: not an image that can be read (a folder, a pipe or a device)")
+    if os.path.getsize(path) > MOST_BYTES:
+        raise DatasetError(f"{path}: not an image that can be read (over {MOST_BYTES} bytes)")
+    with Image.open(path, formats=formats) as picture:
+        yield picture
 
 
 def holds_ids(picture, mode):
@@ -739,8 +790,12 @@ def check_picture_mode(picture, path, mode, upright=False):
         if picture.mode not in ("L", "P"):
             raise DatasetError(f"{path}: a label must be an 8-bit image of class ids, "
                                f"this one is {picture.mode}")
-        if picture.format == "JPEG":
+        if picture.format != "PNG":
             raise DatasetError(f"{path}: a label must be a .png, JPEG changes the ids")
+        packing = picture.tile[0][3] if picture.tile else None    # how the file keeps its pixels
+        if packing in ("L;2", "L;4"):
+            raise DatasetError(f"{path}: a label must have 8 bits a pixel; this one has fewer, "
+                               f"where 255 cannot be told from the largest id: save it anew")
     if picture.mode.startswith(("I", "F")):
         raise DatasetError(f"{path}: an image must have 8 bits a channel, "
                            f"this one is {picture.mode}")
@@ -760,7 +815,7 @@ def measure_picture(path, mode=None):
     """-> (H, W), from the head of an image file; one whose end is missing is read whole, which says
     what is wrong with it. Raises DatasetError."""
     try:
-        with Image.open(path, formats=FORMATS) as picture, open(path, "rb") as file:
+        with open_picture(path) as picture, open(path, "rb") as file:
             check_picture_mode(picture, path, mode)
             size = (picture.height, picture.width)
             file.seek(-min(os.path.getsize(path), 64), os.SEEK_END)
@@ -811,11 +866,24 @@ def check_partners(files, partners, complaint):
 
 def read_lines(path):
     """The lines of a text file that are not empty, stripped."""
+    if not path.is_file():                                        # to open a pipe would wait
+        raise DatasetError(f"{path}: there is no such file, or it is not one that can be read")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise DatasetError(f"{path}: not UTF-8 text") from None
-    return [line.strip() for line in lines if line.strip()]
+    if "\0" in text:                                              # no path may hold one
+        raise DatasetError(f"{path}: not text, it holds zero bytes")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def find_checks():
+    """-> the module that looks closer at a stranger's files; None where data.py was copied out
+    alone."""
+    try:
+        return importlib.import_module("extras.data_checks")
+    except ModuleNotFoundError:
+        return None
 
 
 def import_extra(name, what):

@@ -44,6 +44,7 @@ from extras.cli import (
     run_command,
     show_progress,
 )
+from extras.outputs import output_path, picture_path, write_text
 from extras.provenance import (
     check_classes,
     choose_data,
@@ -324,7 +325,7 @@ def write_json(networks, dataset, args):
         **segment_options(args),
         "checkpoints": checkpoints,
     }
-    Path(args.json).write_text(json.dumps(content, indent=1))
+    write_text(args.json, json.dumps(content, indent=1))
 
 
 def no_nan(value):
@@ -361,13 +362,13 @@ def build_parser():
     parser.add_argument("--format", choices=FORMATS, default="text",
                         help="how the table is written; the other lines go to stderr where it is "
                              "not text (default: text)")
-    parser.add_argument("--json", metavar="FILE",
+    parser.add_argument("--json", metavar="FILE", type=output_path,
                         help="write the scores and confusion matrices for machines")
-    parser.add_argument("--picture", metavar="FILE",
+    parser.add_argument("--picture", metavar="FILE", type=picture_path,
                         help="draw four frames spread over the split: truth and predictions")
     parser.add_argument("--overlay", metavar="DIR",
                         help="draw frame, truth and predictions of every frame")
-    parser.add_argument("--strip", metavar="FILE",
+    parser.add_argument("--strip", metavar="FILE", type=picture_path,
                         help="draw the worst, the lower quartile's, the median and the best frame "
                              "by the last checkpoint's mIoU")
     parser.add_argument("--plot", metavar="DIR",
@@ -386,6 +387,13 @@ def check_flags(parser, args):
         parser.error(f"--names: {len(args.names)} names for {len(args.checkpoints)} checkpoints")
     if args.names and len(set(args.names)) < len(args.names) and not args.group:
         parser.error("--names: two of them are the same (with --group they are one column)")
+
+
+def smallest_frame(networks, args):
+    """Pixels that the sides of a frame must have: the network's, where it sees frames as they
+    are."""
+    sizes = [network.model.input_size for network in networks]
+    return SMALLEST if args.window or None in sizes else 1
 
 
 def main():
@@ -407,6 +415,7 @@ def run(parser, args, table_stream):
         networks.append(Network(path, name, open_model(path, args.size, device)))
     choose_data(args, {network.path: network.model for network in networks})
     dataset = open_dataset(args.data, args.split, args.fold, args.folds, fold_by=args.fold_by)
+    dataset.quick_check(smallest=smallest_frame(networks, args))
     if args.group:
         columns_of(networks, args)                                # what is wrong is said now
     for network in networks:

@@ -112,7 +112,7 @@ from losses import (
     pekd,
     weighted_cross_entropy,
 )
-from model import SIZES, Features, load_checkpoint, save_checkpoint
+from model import SIZES, SMALLEST, Features, load_checkpoint, save_checkpoint
 
 # The paper's (section 4.3; clipping at 1 and no weight decay are its trainer's), then what suits
 # each data set.
@@ -679,7 +679,8 @@ def open_splits(args):
     for split in ("train", "val"):
         dataset = open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by,
                                cache=args.cache, size=args.size)
-        dataset.quick_check()
+        sees_frames_as_they_are = split == "val" and args.augment != "plain" and not dataset.size
+        dataset.quick_check(smallest=SMALLEST if sees_frames_as_they_are else 1)
         splits.append(dataset)
     train_set, val_set = splits
     unlabelled_set = None

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from data import Augment, Stream, open_dataset, pixel_counts
 from eval import evaluate, scores
 from extras.cli import UsageError, run_command
+from extras.outputs import picture_path, save_picture
 from extras.pictures import grid
 from losses import Projections, class_weights, cosine, cskd, pekd, weighted_cross_entropy
 from model import SIZES, load_checkpoint, segformer
@@ -159,7 +160,7 @@ def main():
     parser = argparse.ArgumentParser(description="Distil a teacher into a B0 on toy scenes.")
     parser.add_argument("teacher", nargs="?", default="runs/teacher/best.pth", metavar="TEACHER")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--out", default="features.png", metavar="FILE")
+    parser.add_argument("--out", default="features.png", metavar="FILE", type=picture_path)
     args = parser.parse_args()
     if not Path(args.teacher).exists():
         raise UsageError(f"there is no teacher {args.teacher}: "
@@ -185,7 +186,7 @@ def main():
         rows += draw_frame(teacher, student, projections, larger, query)
     captions = ("frame, query in white", "teacher's features", "student's, projected",
                 "their cosine, 0.5 to 1", "where the teacher looks", "where the student looks")
-    grid(rows, captions).save(args.out)
+    save_picture(grid(rows, captions), args.out)
     print(f"{args.out}: two frames, one row per stage; colours are the teacher's main directions")
 
 

@@ -8,13 +8,24 @@ All that is wrong is found in one pass, a sentence for each file, and the exit c
 import argparse
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
-from data import IGNORE, SPLITS, DatasetError, SecretLabels, open_dataset
-from extras.cli import add_fold_flags, run_command, show_progress
+from data import (
+    IGNORE,
+    SPLITS,
+    DatasetError,
+    Files,
+    SecretLabels,
+    expand_user,
+    open_dataset,
+)
+from extras.cli import UsageError, add_fold_flags, run_command, show_progress
+from extras.data_checks import check_end
+from extras.outputs import picture_path, save_picture
 from extras.pictures import colourise, grid, overlay
+from extras.printable import printable
 
 SHEET_FRAMES = 4                                                  # of each split
 
@@ -40,7 +51,7 @@ def check(dataset):
 
 def check_frame(dataset, i, found):
     """Add frame i to `found`. The label is read even when the image is broken."""
-    image = read_or_note(dataset.read_image, i, found.problems)
+    image = read_or_note(partial(read_whole_image, dataset), i, found.problems)
     label = read_or_note(dataset.read_label, i, found.problems)
     if image is None or label is None:
         return
@@ -53,6 +64,14 @@ def check_frame(dataset, i, found):
     height, width = label.shape
     size = f"{width}x{height}"
     found.sizes[size] = found.sizes.get(size, 0) + 1
+
+
+def read_whole_image(dataset, i):
+    """-> RGB (H, W, 3). Raises DatasetError also for a JPEG of which only a little is missing."""
+    image = dataset.read_image(i)
+    if isinstance(dataset, Files):
+        check_end(dataset.paths[i][0], thorough=True)
+    return image
 
 
 def read_or_note(read, i, problems):
@@ -84,7 +103,7 @@ def existing_splits(args, problems):
             if args.split or is_a_problem(error, args.spec, split):
                 problems.append(str(error))
             else:
-                print(f"no {split} split: {error}")
+                print(f"no {split} split: {printable(error, 2000)}")
     return datasets
 
 
@@ -97,7 +116,7 @@ def is_a_problem(error, spec, split):
 
 def parts_exist(spec, split):
     """Is there anything of this split, in any of the layouts?"""
-    folder = Path(spec.partition(":")[2]).expanduser()
+    folder = expand_user(spec.partition(":")[2])
     parts = (split, f"{split}annot", f"{split}_labels", f"{split}.txt",
              f"leftImg8bit/{split}", f"gtFine/{split}")
     return any((folder / part).exists() for part in parts)
@@ -108,6 +127,9 @@ def check_split(split, dataset, problems):
     found = check(dataset)
     report(dataset, split, found)
     problems += found.problems
+    if found.sizes and not found.counts[:len(dataset.classes)].any():
+        problems.append(f"{dataset.where(0)}: no label of the {split} split has a class: "
+                        f"all pixels are void")
 
 
 def report(dataset, split, found):
@@ -148,10 +170,9 @@ def sheet_rows(dataset):
 
 def draw_sheet(rows, path, problems):
     try:
-        grid(rows, ("frame", "label", "both")).save(path)
-    except (OSError, ValueError) as error:                        # ValueError: an unknown suffix
-        reason = getattr(error, "strerror", None) or error
-        problems.append(f"cannot write {path}: {reason}")
+        save_picture(grid(rows, ("frame", "label", "both")), path)
+    except UsageError as error:
+        problems.append(str(error))
     else:
         print(f"\nframe, label and both: {path}")
 
@@ -165,7 +186,7 @@ def build_parser():
                         help="toy, camvid:DIR, cityscapes:DIR or folder:DIR")
     parser.add_argument("--split", choices=SPLITS, help="one split; default: all that are there")
     add_fold_flags(parser)
-    parser.add_argument("--sheet", default="contact_sheet.png",
+    parser.add_argument("--sheet", default="contact_sheet.png", type=picture_path,
                         help="where to draw frames and labels to look at")
     return parser
 
@@ -180,7 +201,7 @@ def main():
     if rows:
         draw_sheet(rows, args.sheet, problems)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable(problem, 2000)}", file=sys.stderr)
     return 2 if problems else 0
 
 

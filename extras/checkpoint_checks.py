@@ -13,9 +13,22 @@ import zipfile
 
 import torch
 
+from extras.printable import is_plain_text, printable
 from model import NORMS, SIZES, SMALLEST, CheckpointError, count_classes, layer_norms
 
+MOST_BYTES = 2 ** 32                                              # of a run of B5: 1.4 * 10^9
+LONGEST_NAME = 200                                                # of a class or a tensor
+LONGEST_PATH = 4200                                               # Linux takes 4096
+MOST_FOLDS = 10 ** 9
+MOST_PIXELS = 2 ** 24                                             # of input_size: 4096x4096
+
 # ---------------------------------------------------------------- the file
+
+def check_size(path):
+    """Raise ValueError for a file that is larger than any SegFormer's, and perhaps than memory."""
+    if os.path.getsize(path) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES} bytes")
+
 
 def check_archive(path):
     """Raise ValueError for a torch file (a zip archive) that is damaged or unpacks to too much.
@@ -23,6 +36,7 @@ def check_archive(path):
     torch does not read the checksums itself. It writes no compressed records, so a file with some
     is not torch's, and a small one could unpack to more than the memory.
     """
+    check_size(path)
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -44,12 +58,22 @@ def check_tensors(tensors, file_size, path):
         named = False
     else:
         named = all(isinstance(name, str) and is_plain(t) for name, t in tensors.items())
-    if not named:
+    if named:
+        check_names(tensors, path)
+    else:
         raise CheckpointError(f"{path} is not a checkpoint of a SegFormer: "
                               f"it holds other things than named tensors")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if claimed > file_size:
         raise CheckpointError(f"{path} is damaged: its tensors claim more bytes than the file has")
+
+
+def check_names(tensors, path):
+    """Names end up in sentences: they are short, and only text."""
+    for name in tensors:
+        if not is_plain_text(name, LONGEST_NAME):
+            raise CheckpointError(f"{path} is not a checkpoint of a SegFormer: "
+                                  f"it has a tensor named {printable(name)}")
 
 
 def is_plain(tensor):
@@ -79,11 +103,12 @@ def check_own(content, path):
     check_tensors(content.get("model"), os.path.getsize(path), path)
     variant = content.get("variant")
     if not isinstance(variant, str) or variant not in SIZES:
-        raise CheckpointError(f"{path} is of a SegFormer {variant!r}, which is not in model.SIZES")
+        raise CheckpointError(f"{path} is of a SegFormer {printable(repr(variant))}, "
+                              f"which is not in model.SIZES")
     norm = content.get("norm")
     if not isinstance(norm, str) or norm not in NORMS:
-        raise CheckpointError(
-            f"{path} was trained with norm {norm!r}, which is not in model.NORMS")
+        raise CheckpointError(f"{path} was trained with norm {printable(repr(norm))}, "
+                              f"which is not in model.NORMS")
     if not isinstance(content.get("layer_norm_eps"), list):
         raise CheckpointError(f"{path} is damaged: it has no layer_norm_eps")
 
@@ -102,22 +127,59 @@ def check_extras(content, model, path):
     file_classes = count_classes(content["model"])
     fits = (all(isinstance(eps, float) and eps > 0 for eps in epsilons)
             and is_image_size(content.get("input_size"))
-            and is_list_of(content.get("classes"), file_classes)
-            and is_list_of(content.get("palette"), file_classes))
+            and is_list_of(is_class_name, content.get("classes"), file_classes)
+            and is_list_of(is_colour, content.get("palette"), file_classes)
+            and is_origin(content.get("trained_on")))
     if not fits:
-        raise CheckpointError(f"{path} is damaged: its layer_norm_eps, input_size, classes or "
-                              f"palette do not fit its network")
+        raise CheckpointError(f"{path} is damaged: its layer_norm_eps, input_size, classes, "
+                              f"palette or trained_on do not fit its network")
 
 
 def is_image_size(value):
-    """None, or an (H, W) that the network takes."""
+    """None, or an (H, W) that the network takes, and a machine too."""
     if value is None:
         return True
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return False
-    return all(isinstance(n, int) and n >= SMALLEST for n in value)
+    if not all(type(side) is int and side >= SMALLEST for side in value):
+        return False
+    height, width = value
+    return height * width <= MOST_PIXELS
 
 
-def is_list_of(value, count):
-    """None, or a list with `count` entries."""
-    return value is None or (isinstance(value, list) and len(value) == count)
+def is_list_of(is_right, value, count):
+    """None, or a list with `count` entries that are right, by is_right(entry)."""
+    if value is None:
+        return True
+    return isinstance(value, list) and len(value) == count and all(map(is_right, value))
+
+
+def is_class_name(value):
+    return isinstance(value, str) and is_plain_text(value, LONGEST_NAME)
+
+
+def is_colour(value):
+    """An (R, G, B) of 8 bits each?"""
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        return False
+    return all(type(channel) is int and 0 <= channel <= 255 for channel in value)
+
+
+def is_origin(value):
+    """None, or the flags --data, --fold, --folds and --fold-by of a training."""
+    if value is None:
+        return True
+    if not isinstance(value, dict):
+        return False
+    texts = [value.get(name) for name in ("data", "fold_by")]
+    numbers = [value.get(name) for name in ("fold", "folds")]
+    return all(map(is_short_text, texts)) and all(map(is_small_number, numbers))
+
+
+def is_short_text(value):
+    """None, or a path or less. It may hold what cannot be printed, as paths may."""
+    return value is None or (isinstance(value, str) and len(value) <= LONGEST_PATH)
+
+
+def is_small_number(value):
+    return value is None or (type(value) is int and 0 <= value <= MOST_FOLDS)

@@ -26,10 +26,13 @@ from typing import NamedTuple
 
 import torch
 
-from extras.checkpoint_checks import check_tensors
+from extras.checkpoint_checks import check_size, check_tensors, is_class_name, is_colour
+from extras.printable import printable
 from model import MEAN, SIZES, STD, CheckpointError, read_checkpoint
 
-MAX_HEADER = 100_000_000                                          # bytes: the format's own limit
+MAX_HEADER = 10_000_000                                           # bytes; B5's has 150,000
+MAX_JSON = 10_000_000                                             # bytes; ADE20K's has 10,000
+MAX_DIMENSIONS = 8                                                # of a tensor; a conv has 4
 CITYSCAPES_AND_VOID = 20                                          # outputs
 HEAD = "decoder.classifier."
 
@@ -168,7 +171,7 @@ def size_on_disk(path):
     """Bytes of a file, or of the largest file in a folder."""
     if not os.path.isdir(path):
         return os.path.getsize(path)
-    return max(os.path.getsize(entry.path) for entry in os.scandir(path))
+    return max(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
 
 
 def count_outputs(tensors):
@@ -195,9 +198,9 @@ def read_mmseg_meta(meta, outputs):
     for values in (names, palette):
         if not isinstance(values, (list, tuple)) or len(values) != outputs:
             return None, None
-    if not all(isinstance(name, str) for name in names):
+    if not all(is_class_name(name) for name in names):
         return None, None
-    if not all(isinstance(colour, (list, tuple)) for colour in palette):
+    if not all(is_colour(colour) for colour in palette):
         return None, None
     return list(names), [tuple(colour) for colour in palette]
 
@@ -328,14 +331,15 @@ def read_folder(path):
     except OSError as error:
         raise CheckpointError(f"{path} is no Hugging Face folder: "
                               f"cannot open {error.filename} ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError):
         raise CheckpointError(f"{path} is no Hugging Face folder of a SegFormer: its config.json "
                               f"or preprocessor_config.json is damaged") from None
     if weights is None:
         raise CheckpointError(f"{path}: no model.safetensors or pytorch_model.bin in it")
     kind = config.get("model_type")
     if kind != "segformer":
-        raise CheckpointError(f"{path}: its config.json is of a {kind!r}, not of a segformer")
+        raise CheckpointError(f"{path}: its config.json is of a {printable(repr(kind))}, "
+                              f"not of a segformer")
 
     content = read_checkpoint(weights)
     tensors = content.get("tensors", content)
@@ -349,10 +353,28 @@ def read_folder(path):
 
 def read_json(path):
     """-> the dict in a JSON file. Raises OSError or ValueError."""
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
+    if os.path.exists(path) and not os.path.isfile(path):         # to open a pipe would wait
+        raise ValueError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise ValueError(f"{path} is too long")
+    content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no object")
+    return content
+
+
+def parse_json(text):
+    """-> what UTF-8 JSON holds. Raises ValueError, also for a name that an object has twice: which
+    one counts would be the reader's choice."""
+    return json.loads(text, object_pairs_hook=unique_names)
+
+
+def unique_names(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name occurs twice")
     return content
 
 
@@ -364,7 +386,7 @@ def class_names(config):
 
 def read_normalisation(path):
     """-> (mean, std), each (1, 3, 1, 1), of a preprocessor_config.json; ImageNet's without one."""
-    settings = read_json(path) if os.path.isfile(path) else {}
+    settings = read_json(path) if os.path.exists(path) else {}
     mean = settings.get("image_mean", MEAN)
     std = settings.get("image_std", STD)
     if settings.get("do_normalize") is False:
@@ -391,25 +413,30 @@ def read_safetensors(path):
     the header has been held against the size of the file, and the tensors must fill the rest of it
     without gaps or overlaps. Raises ValueError, or KeyError and the like for a lying header.
     """
+    check_size(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         rest = os.path.getsize(path) - 8
         if length > min(rest, MAX_HEADER):
             raise ValueError("its header is longer than the file, or than the format allows")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=place_of)
+        check_places(entries, rest - length)
         data = bytearray(file.read())
-    header.pop("__metadata__", None)
-    tensors = {}
+    return {name: read_tensor(name, entry, data) for name, entry in entries}
+
+
+def check_places(entries, size):
+    """Raise ValueError unless the tensors fill `size` bytes, one behind the other."""
     filled = 0
-    for name, entry in sorted(header.items(), key=place_of):
+    for name, entry in entries:
         start, end = entry["data_offsets"]
         if start != filled:
             raise ValueError(f"there is a gap or an overlap before {name}")
-        tensors[name] = read_tensor(name, entry, data)
         filled = end
-    if filled != len(data):
-        raise ValueError("it holds more than its header tells")
-    return tensors
+    if filled != size:
+        raise ValueError("it holds more or less than its header tells")
 
 
 def place_of(item):
@@ -422,6 +449,8 @@ def read_tensor(name, entry, data):
     dtype = SAFETENSORS_DTYPES[entry["dtype"]]
     shape = entry["shape"]
     start, end = entry["data_offsets"]
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name} has {len(shape)} dimensions")
     for number in (*shape, start, end):
         if type(number) is not int or number < 0:
             raise ValueError(f"{name} has a size or place that is no number")

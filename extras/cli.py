@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from data import DatasetError
+from extras.printable import printable
 from model import CheckpointError
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -63,6 +64,9 @@ def run_command(main, end=sys.exit):
 
     No traceback for what a user can get wrong.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an umlaut on a terminal without is written as its code
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except (Exception, KeyboardInterrupt) as error:
@@ -84,21 +88,23 @@ def report(error):
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 2
     if isinstance(error, (NotFinite, ProcessLost)):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 1
     if isinstance(error, OSError):
-        where = error.filename or "cannot write"
+        where = printable(error.filename or "cannot write", 2000)
         print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
         return 2
     raise error
 
 
 def sentence_of(error):
-    """The message of an error. One from a loader's worker comes with that worker's traceback: its
-    last line is the message.
+    """The message of an error, in one line whatever names are in it. One from a loader's worker
+    comes behind that worker's traceback.
     """
-    last_line = str(error).strip().splitlines()[-1]
-    return last_line.removeprefix("data.DatasetError: ")
+    message = str(error).strip()
+    if message.startswith("Caught "):
+        message = message.rpartition("data.DatasetError: ")[2]
+    return printable(message, 2000)
 
 
 # ------------------------------ the machine

@@ -13,7 +13,9 @@ from PIL import Image
 
 from eval import evaluate, scores, segment
 from extras.cli import UsageError, make_folder, show_progress
+from extras.outputs import save_picture
 from extras.pictures import grid, legend, overlay
+from extras.printable import printable
 from extras.seed_groups import Group, group_runs
 from extras.view_flags import segment_options
 
@@ -82,7 +84,7 @@ def draw_frames(networks, dataset, indices, args):
 
 def draw_some(networks, dataset, args):
     indices = spread_indices(len(dataset), FRAMES)
-    draw_frames(networks, dataset, indices, args).save(args.picture)
+    save_picture(draw_frames(networks, dataset, indices, args), args.picture)
     print(f"picture: {args.picture}")
 
 
@@ -90,7 +92,7 @@ def draw_all(networks, dataset, args):
     folder = make_folder(args.overlay)
     progress = show_progress(args.overlay)
     for i, stem in enumerate(dataset.stems):
-        draw_frames(networks, dataset, [i], args).save(folder / f"{stem}.png")
+        save_picture(draw_frames(networks, dataset, [i], args), folder / f"{stem}.png")
         progress(i + 1, len(dataset))
     print(f"{len(dataset)} pictures in {folder}")
 
@@ -106,8 +108,8 @@ def draw_strip(networks, dataset, args):
         "median": order[len(order) // 2],
         "best": order[-1],
     }
-    draw_frames(networks, dataset, chosen.values(), args).save(args.strip)
-    described = [f"the {rank} ({dataset.stems[i]})" for rank, i in chosen.items()]
+    save_picture(draw_frames(networks, dataset, chosen.values(), args), args.strip)
+    described = [f"the {rank} ({printable(dataset.stems[i])})" for rank, i in chosen.items()]
     print(f"{args.strip}: by the last network's mIoU of a frame, " + ", ".join(described))
 
 

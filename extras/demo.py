@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import BROKEN_PICTURE, FORMATS, DatasetError, distinct_colours, read_picture
+from data import BROKEN_PICTURE, PHOTO_FORMATS, DatasetError, distinct_colours, read_picture
 from eval import class_scores
 from extras.cli import (
     NotFinite,
@@ -106,7 +106,7 @@ def read_upload(content):
     """The bytes of a picture -> uint8 (H, W, 3), upright, at most LONGEST_SIDE long. Raises
     Refused."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(content), formats=PHOTO_FORMATS) as picture:
             width, height = picture.size                          # from its head alone
         if width * height > MOST_PIXELS:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE,

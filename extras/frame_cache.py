@@ -14,11 +14,10 @@ import hashlib
 import json
 import mmap
 import os
-from pathlib import Path
 
 import numpy as np
 
-from data import DatasetError
+from data import INVALID, DatasetError, expand_user, open_picture
 from model import write_atomically
 
 KIND = 0x45464653_00000001                                        # "EFFS", layout 1
@@ -30,7 +29,7 @@ class FrameCache:
     its labels' ids (256,), part of a file's name. Raises DatasetError."""
 
     def __init__(self, folder, paths, lookup):
-        folder = Path(folder).expanduser()
+        folder = expand_user(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -38,6 +37,9 @@ class FrameCache:
                                f"({error.strerror})") from None
         self.folder = folder
         self.paths = paths
+        self.is_class = np.zeros(256, bool)                       # or void: what a label may hold
+        self.is_class[lookup[lookup != INVALID]] = True
+        self.checked = set()                                      # frames that were looked at
         self.files = [folder / file_name(*pair, lookup) for pair in paths]
 
     def read(self, i, decode):
@@ -45,11 +47,23 @@ class FrameCache:
         is then kept. What is read may be written to: the change stays in memory."""
         sources = source_facts(self.paths[i])
         frame = map_file(self.files[i], sources)
-        if frame is None:
+        if frame is None or not self.is_right(i, frame):
             image, label = frame = decode(i)
             if image.shape[:2] == label.shape:                    # else `Dataset` refuses it
                 write_file(self.files[i], sources, image, label)
         return frame
+
+    def is_right(self, i, frame):
+        """Has frame i its source's size, and its label the data set's classes? Looked at once: it
+        takes time."""
+        if i not in self.checked:
+            _, label = frame
+            with open_picture(self.paths[i][1]) as source:
+                size = (source.height, source.width)
+            if label.shape != size or not self.is_class[label].all():
+                return False
+            self.checked.add(i)
+        return True
 
 
 def file_name(image_path, label_path, lookup):
@@ -72,12 +86,14 @@ def source_facts(paths):
 
 def map_file(file, sources):
     """-> the image and the label of a whole and current file, else None."""
+    if not os.path.isfile(file):                                  # not there; opening a pipe waits
+        return None
     try:
         with open(file, "rb") as opened:
             head = np.frombuffer(opened.read(HEAD_BYTES), np.int64).tolist()
             kind, height, width, *made_from, _ = head
             pixels = height * width
-            if kind != KIND or made_from != sources:
+            if kind != KIND or made_from != sources or height < 1 or width < 1:
                 return None
             if os.fstat(opened.fileno()).st_size != HEAD_BYTES + 4 * pixels:
                 return None

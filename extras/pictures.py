@@ -12,9 +12,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import IGNORE, LUMINANCE
+from extras.printable import printable
 
 CAPTION_HEIGHT = 16                                               # pixels
 LETTER_WIDTH = 7
+LONGEST_NAME = 40                                                 # letters of a class in a legend
 
 
 def colourise(label, palette):
@@ -81,6 +83,7 @@ def row_height(row):
 def legend(classes, palette, width, height=18):
     """Each class's name beside its colour, in lines of `height` pixels -> RGB array
     (lines * height, width, 3), to stand under a grid."""
+    classes = [printable(name, LONGEST_NAME) for name in classes]
     longest = max(len(name) for name in classes)
     step = 24 + LETTER_WIDTH * longest
     entries = max(1, width // step)                               # in a line

@@ -50,8 +50,18 @@ def cache_path(dataset):
         facts.append((str(label_path.resolve()), status.st_size, status.st_mtime_ns))
     source = json.dumps([dataset.classes, dataset.lookup.tolist(), facts])
     key = hashlib.sha256(source.encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "effiseg" / f"{key}.json"
+    return cache_folder() / "effiseg" / f"{key}.json"
+
+
+def cache_folder():
+    """The user's. Where there is no home: a place that keeps nothing."""
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 def read_kept(path):
@@ -74,4 +84,4 @@ def is_possible(counts, dataset):
     for _, label_path in dataset.paths:
         height, width = measure_picture(label_path, dataset.label_mode)
         pixels += height * width
-    return sum(counts) <= pixels
+    return 0 < sum(counts) <= pixels

@@ -21,12 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from extras.cli import UsageError, make_folder, run_command
+from extras.outputs import output_file
 from extras.seed_groups import group_runs
 
 STYLE = {
     "figure.figsize": (6.4, 4), "figure.dpi": 160, "savefig.bbox": "tight",
     "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
     "font.size": 9, "legend.frameon": False,
+    "text.parse_math": False,                                     # a name may hold a $
 }
 
 
@@ -44,18 +46,27 @@ def import_pyplot():
 # ---------------------------------------------------------------- what the figures are made of
 
 def read_columns(path, names):
-    """Columns of a CSV file -> {name: array of floats}; None where there is no file or no row."""
+    """Columns of a CSV file -> {name: array of floats}; None where there is no file or no row.
+
+    Raises UsageError for a file that is damaged or no run's.
+    """
     if not path.is_file():
         return None
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (ValueError, csv.Error):                               # ValueError: not UTF-8
+        raise UsageError(f"{path}: damaged, it is no table of numbers") from None
     if not rows:
         return None
     columns = {}
     for name in names:
         if rows[0].get(name) is None:
             raise UsageError(f"{path}: it has no column {name}, so it is not a run's")
-        columns[name] = np.array([float(row[name]) for row in rows])
+        try:
+            columns[name] = np.array([float(row[name]) for row in rows])
+        except (TypeError, ValueError):                           # a short row, or no number
+            raise UsageError(f"{path}: damaged, its column {name} is not all numbers") from None
     return columns
 
 
@@ -157,9 +168,14 @@ def plot_lines(lines, label, out, marker=None):
                                   color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(xlabel="step", ylabel=label)
         axes.legend()
-        figure.savefig(out)
+        save_figure(figure, out)
         plt.close(figure)
     return [out]
+
+
+def save_figure(figure, path):
+    with output_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 def plot_radar(names, results, classes, out):
@@ -177,7 +193,7 @@ def plot_radar(names, results, classes, out):
         axes.set_ylim(0, 100)
         axes.tick_params(pad=14)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08))
-        figure.savefig(out)
+        save_figure(figure, out)
         plt.close(figure)
     return [out]
 
@@ -201,7 +217,7 @@ def plot_confusion(name, result, classes, out):
         axes.set_yticks(range(len(classes)), classes)
         axes.set(xlabel="predicted", ylabel="truth", title=f"{name}, % of the truth")
         axes.grid(False)
-        figure.savefig(out)
+        save_figure(figure, out)
         plt.close(figure)
     return [out]
 

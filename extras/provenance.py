@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from extras.cli import UsageError
+from extras.printable import printable
 
 # ---------------------------------------------------------------- classes
 
@@ -69,7 +70,7 @@ def warn_of_leak(model, path, args):
         return
     moved = ""
     if trained["data"] != now["data"]:
-        moved = f", if {trained['data']} was the same data"
+        moved = f", if {printable(trained['data'])} was the same data"
     print(f"warning: {path} was trained with {before} held out, and now it is {after}: "
           f"it has seen frames that it is scored on{moved}", file=sys.stderr)
 
@@ -87,7 +88,11 @@ def is_same_data(spec, other):
 
 
 def full_path(text):
-    return Path(text).expanduser().resolve()
+    """A path as it was meant; one of nobody's home, or that is none, as it is written."""
+    try:
+        return Path(text).expanduser().resolve()
+    except (RuntimeError, ValueError, OSError):
+        return Path(text)
 
 
 def describe_fold(choice):
@@ -96,7 +101,7 @@ def describe_fold(choice):
         return "the official split"
     words = f"fold {choice['fold']} of {choice['folds']}"
     if choice["fold_by"]:
-        words += f" by {choice['fold_by']}"
+        words += f" by {printable(choice['fold_by'])}"
     return words
 
 
@@ -116,7 +121,8 @@ def choose_data(args, models):
         args.folds = 2
     if adopted:
         first = next(iter(models))
-        print(f"data: {args.data}, {describe_fold(vars(args))}, as {first} was trained (no --data)")
+        print(f"data: {printable(args.data)}, {describe_fold(vars(args))}, "
+              f"as {first} was trained (no --data)")
 
 
 def common_training_data(models):

@@ -10,7 +10,8 @@
 
 import torch
 
-from extras.cli import AMP_DTYPES, number
+from data import IGNORE
+from extras.cli import AMP_DTYPES, UsageError, number
 from model import SMALLEST, load_checkpoint
 
 
@@ -48,8 +49,15 @@ def check_view_flags(parser, args):
 
 
 def open_model(path, size, device):
-    """-> the folded model of a checkpoint; `size` (--size) replaces the input size it carries."""
-    model = load_checkpoint(path).fold().to(device)
+    """-> the folded model of a checkpoint; `size` (--size) replaces the input size it carries.
+
+    Raises UsageError for more classes than labels of 8 bits can hold.
+    """
+    model = load_checkpoint(path)
+    if model.num_classes > IGNORE:
+        raise UsageError(f"{path} has {model.num_classes} classes: the labels here have 8 bits, "
+                         f"which hold {IGNORE}, and void")
+    model = model.fold().to(device)
     if size is not None:
         model.input_size = None if tuple(size) == (0, 0) else tuple(size)
     return model

@@ -5,6 +5,7 @@ data sets on disk.
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -148,3 +149,16 @@ def wait_for_step(process, out, step):
         if log.exists() and len(log.read_text().splitlines()) > step:
             return
         time.sleep(0.01)
+
+
+@pytest.fixture
+def patience():
+    """Ends a test that waits for ever, as opening a pipe does."""
+    def give_up(*_):
+        pytest.fail("no end within 30 s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -61,7 +61,7 @@ def mutate(content, rng):
     if rng.random() < 0.5:                  # the structure: zip directory, pickle, JSON header
         at_start = rng.random() < 0.5
         offset = int(rng.integers(2 ** 16))
-        where = offset if at_start else len(data) - 1 - offset
+        where = offset if at_start else max(0, len(data) - 1 - offset)
     length = int(rng.integers(1, 200))
     way = int(rng.integers(6))
     if way == 0:

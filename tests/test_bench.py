@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench
-from conftest import command
+from conftest import ROOT, command
 from extras import bench_data, bench_losses, bench_transformers, measure, roofline
 from extras.cli import UsageError
 from extras.measure import Candidate, Options, Timing
@@ -117,13 +117,13 @@ def test_what_was_measured_before_a_failure_is_written(quick, monkeypatch, tmp_p
 
 def test_other_subjects_are_imported_when_asked_for():
     code = "import sys, bench; print([name for name in sys.modules if 'extras.bench_' in name])"
-    assert command("-c", code, cwd=bench.Path(bench.__file__).parent).strip() == "[]"
+    assert command("-c", code, cwd=ROOT).strip() == "[]"
 
 
 def test_mistakes_are_a_sentence(tmp_path):
     assert "unknown subject 'speed'" in command("bench.py", "speed", code=2)
     assert "at least 32" in command("bench.py", "--size", 8, 8, code=2)
-    assert "no such folder" in command("bench.py", "--json", tmp_path / "no" / "x.json", code=2)
+    assert "there is no folder" in command("bench.py", "--json", tmp_path / "no" / "x.json", code=2)
 
 
 # ---------------------------------------------------------------- counting

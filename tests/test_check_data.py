@@ -28,7 +28,7 @@ def test_check_command_sees_half_a_split_and_odd_names(tmp_path):
     output = command("data.py", spec, "--sheet", sheet, code=2)
     assert "valannot: there is no such folder" in output
     output = command("data.py", "toy", "--split", "val", "--sheet", tmp_path / "sheet", code=2)
-    assert "unknown file extension" in output
+    assert "sheet: its suffix is no picture's" in output
     spec = write_folder(tmp_path / "set")
     classes = tmp_path / "set" / "classes.txt"
     classes.write_text("road\nsky\ncar\n", encoding="utf-8-sig")

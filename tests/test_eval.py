@@ -252,7 +252,7 @@ def test_command_calls_checkpoints_by_the_names_it_is_given(folder, checkpoint, 
     (["{net}", "--split", "training"], "invalid choice"),
     (["{net}", "--names", "a", "b"], "2 names for 1 checkpoints"),
     (["{net}", "other.pth", "--names", "a", "a"], "two of them are the same"),
-    (["{net}", "--data", "{folder}", "--json", "/no/such/dir/x.json"], "No such file or directory"),
+    (["{net}", "--data", "{folder}", "--json", "/no/such/dir/x.json"], "there is no folder"),
 ])
 def test_mistakes_are_a_sentence_and_exit_code_2(args, sentence, folder, checkpoint):
     args = [arg.format(net=checkpoint, folder=folder) for arg in args]

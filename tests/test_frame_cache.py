@@ -145,3 +145,51 @@ def test_a_file_of_the_first_version_is_read(tmp_path):
     cache.files[0].write_bytes(content)
     read = cache.read(0, lambda i: pytest.fail("decoded again"))
     assert same(read, (image, label))
+
+
+def craft(file, head=None, label=None):
+    """Change a file of the cache: {place of a number in its head: the number}, or its label."""
+    content = bytearray(file.read_bytes())
+    for place, number in (head or {}).items():
+        content[8 * place:8 * place + 8] = struct.pack("<q", number)
+    if label is not None:
+        content[-len(label):] = label
+    file.write_bytes(content)
+
+
+CRAFTED = {
+    "a label that is no class": {"label": b"\xc8"},
+    "negative sizes": {"head": {1: -40, 2: -48}},
+    "one negative size": {"head": {1: -40}},
+    "no pixels": {"head": {1: 0, 2: 0}},
+    "sizes beyond all memory": {"head": {1: 2 ** 62, 2: 2 ** 62}},
+    "sizes that only multiply to the right number": {"head": {1: 1, 2: 40 * 48}},
+}
+
+
+@pytest.mark.parametrize("what", CRAFTED)
+def test_a_crafted_frame_is_decoded_anew(what, folder, tmp_path):
+    dataset = open_dataset(folder, "train", cache=tmp_path / "cache")
+    expected = [part.clone() for part in dataset[0]]
+    file = dataset.cache.files[0]
+    content = file.read_bytes()
+    craft(file, **CRAFTED[what])
+    again = open_dataset(folder, "train", cache=tmp_path / "cache")
+    assert same(expected, again[0]) and file.read_bytes() == content
+
+
+def test_a_pipe_in_the_cache_is_not_waited_for(folder, tmp_path, patience):
+    dataset = open_dataset(folder, "train", cache=tmp_path / "cache")
+    os.mkfifo(dataset.cache.files[0])
+    with pytest.raises(DatasetError, match="a decoded frame cannot be kept there .not a regular"):
+        dataset[0]
+
+
+def test_a_link_in_the_cache_is_not_written_through(folder, tmp_path):
+    dataset = open_dataset(folder, "train", cache=tmp_path / "cache")
+    (tmp_path / "other").write_text("precious")
+    file = dataset.cache.files[0]
+    file.symlink_to(tmp_path / "other")
+    file.with_name(f"{file.name}.{os.getpid()}.partial").symlink_to(tmp_path / "other")
+    assert len(dataset[0]) == 2 and not file.is_symlink()
+    assert (tmp_path / "other").read_text() == "precious"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data import CAMVID, CITYSCAPES, IGNORE
 from extras import pictures
-from extras.pictures import colourise, overlay
+from extras.pictures import colourise, legend, overlay
 from extras.toy_scenes import TOY
 
 CITYSCAPES_COLOURS = {name: colour for name, (_, colour, _) in CITYSCAPES.items()}
@@ -62,3 +62,10 @@ def test_overlay_keeps_the_light_and_dark_of_the_image():
     shown = overlay(image, np.zeros((1, 30), np.uint8), [(90, 150, 60)]).astype(int)
     steps = np.diff(shown[0].sum(-1))
     assert (steps > 0).all()
+
+
+def test_a_legend_of_long_names_ends(patience):
+    """A class of 1 MB: the text alone took for ever."""
+    names = ["x" * 1_000_000, "two\nlines \x1b[2J", "Straße"]
+    drawn = legend(names, [(1, 2, 3), (4, 5, 6), (7, 8, 9)], 320)
+    assert drawn.shape == (3 * 18, 320, 3)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +73,9 @@ IMPOSSIBLE = {
     "not a number": "[NaN, 1, 1]",
     "deep": DEEP[:90_000],
     "no text": "\udcff",
+    "nothing labelled": "[0, 0, 0]",
+    "truths": "[true, 1, 1]",
+    "a name": '"[1, 1, 1]"',
 }
 
 
@@ -84,3 +89,35 @@ def test_counts_that_cannot_be_are_counted_again(what, folder, tmp_path, monkeyp
     path.write_bytes(IMPOSSIBLE[what].encode(errors="surrogateescape"))
     assert cached_pixel_counts(dataset).tolist() == truth
     assert json.loads(path.read_text()) == truth
+
+
+def test_a_pipe_in_the_cache_is_not_waited_for(folder, tmp_path, monkeypatch, patience):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dataset = open_dataset(folder, "train")
+    path = cache_path(dataset)
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert cached_pixel_counts(dataset).tolist() == data.pixel_counts(dataset).tolist()
+    assert path.is_fifo()
+
+
+def test_a_link_in_the_cache_is_not_written_through(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dataset = open_dataset(folder, "train")
+    path = cache_path(dataset)
+    path.parent.mkdir(parents=True)
+    (tmp_path / "other").write_text("precious")
+    path.symlink_to(tmp_path / "other")
+    cached_pixel_counts(dataset)
+    assert (tmp_path / "other").read_text() == "precious" and not path.is_symlink()
+
+
+def test_a_user_without_a_home_counts_each_time(folder, monkeypatch):
+    """As in a container that runs under a number without a name."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cached_pixel_counts(open_dataset(folder, "train")).sum() > 0

@@ -1,9 +1,11 @@
 """The figures, from eval.py and from the runs' logs."""
 
+import pytest
 from PIL import Image
 
 from conftest import command
-from extras.plots import checkpoint_names, run_names
+from extras.cli import UsageError
+from extras.plots import checkpoint_names, plot_confusion, plot_radar, read_columns, run_names
 
 
 def write_run(folder):
@@ -40,6 +42,48 @@ def test_a_plot_of_nothing_is_a_sentence(tmp_path):
     assert "none of these folders holds" in output
     output = command("-m", "extras.plots", tmp_path / "no", "--out", out, code=2)
     assert "there is no such folder" in output
+
+
+BROKEN_LOGS = {
+    "not UTF-8": b"step,loss\n1,\xff\n",
+    "a word": b"step,loss\n1,much\n",
+    "a short row": b"step,loss\n1\n",
+    "a superscript": "step,loss\n\u00b2,1.0\n".encode(),
+    "a large field": b"step,loss\n1," + b"9" * 200_000 + b"\n",
+    "no columns": b"1,2\n3,4\n",
+    "zero bytes": b"\0\n\0\n",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_LOGS)
+def test_a_broken_log_is_a_sentence(what, tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(BROKEN_LOGS[what])
+    with pytest.raises(UsageError, match="log.csv: (damaged|it has no column)"):
+        read_columns(path, ("step", "loss"))
+
+
+def test_eval_beside_a_broken_log_is_a_sentence(folder, checkpoint, tmp_path):
+    (checkpoint.parent / "log.csv").write_bytes(BROKEN_LOGS["not UTF-8"])
+    output = command("eval.py", checkpoint, "--data", folder, "--plot", tmp_path / "f", code=2)
+    assert "log.csv: damaged" in output and "mIoU" in output      # the scores are there
+
+
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
+    result = {"iou": [0.5, 0.4, 0.3], "miou": 0.4, "confusion": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
+    classes = ["$a", "$b$", "\\frac{"]
+    plot_radar(["$x_"], [result], classes, tmp_path / "radar.png")
+    plot_confusion("$x_", result, classes, tmp_path / "confusion.png")
+    assert (tmp_path / "radar.png").exists() and (tmp_path / "confusion.png").exists()
+
+
+def test_figures_are_not_written_through_links(tmp_path):
+    (tmp_path / "other").write_text("precious")
+    (tmp_path / "figures").mkdir()
+    for name in ("loss.png", "loss.png.partial"):
+        (tmp_path / "figures" / name).symlink_to(tmp_path / "other")
+    command("-m", "extras.plots", write_run(tmp_path / "one"), "--out", tmp_path / "figures")
+    assert (tmp_path / "other").read_text() == "precious"
 
 
 def test_absent_matplotlib_is_a_sentence(folder, checkpoint, tmp_path):
