@@ -36,6 +36,7 @@ References
 import colorsys
 import contextlib
 import importlib
+import io
 import math
 import os
 import random
@@ -743,6 +744,7 @@ def pixel_counts(dataset):
 def read_picture(path, mode=None, upright=False):
     """-> uint8 array of an image file: RGB (H, W, 3), or 8-bit ids (H, W).
 
+    path: or an io.BytesIO of its content
     mode: None for RGB; "ids" for a label of class ids; "ids or colours" for a label that is either
     upright: turn it as the camera was held (EXIF), for photos; the frames of a data set stay as
              their labels are
@@ -771,12 +773,18 @@ def read_picture(path, mode=None, upright=False):
 @contextlib.contextmanager
 def open_picture(path, formats=FRAME_FORMATS):
     """The one place where a picture is opened -> PIL's, its pixels not read yet."""
+    if not isinstance(path, io.BytesIO):
+        check_file(path)
+    with Image.open(path, formats=formats) as picture:
+        yield picture
+
+
+def check_file(path):
+    """Raise DatasetError for what no picture is: a pipe would be waited for, a huge file read."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise DatasetError(f"{path}: not an image that can be read (a folder, a pipe or a device)")
     if os.path.getsize(path) > MOST_BYTES:
         raise DatasetError(f"{path}: not an image that can be read (over {MOST_BYTES} bytes)")
-    with Image.open(path, formats=formats) as picture:
-        yield picture
 
 
 def holds_ids(picture, mode):

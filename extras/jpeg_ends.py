@@ -37,9 +37,9 @@ MORE_BYTES = bytes(range(1, 128))
 
 
 def lacks_its_end(path, thorough=False):
-    """Is the JPEG at `path` cut? Raises what Pillow does for a broken one, or IndexError."""
-    with open(path, "rb") as file:
-        content = file.read()
+    """Is the JPEG at `path`, or in an io.BytesIO, cut? Raises what Pillow does for a broken one, or
+    IndexError."""
+    content = read_content(path)
     components, scans, end = read_scans(content)
     if end is None or not tells_all_bits(components, scans):
         return True
@@ -48,6 +48,13 @@ def lacks_its_end(path, thorough=False):
     if len(scans) > 1:
         return False
     return ends_grey(decode(content, smallest=True)) and reads_on(content, end)
+
+
+def read_content(path):
+    if isinstance(path, io.BytesIO):
+        return path.getvalue()
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def ends_grey(picture):

@@ -228,6 +228,14 @@ def test_a_jpeg_frame_without_its_middle_is_refused(tmp_path):
     open_dataset(spec, "train").quick_check()
 
 
+def test_a_photo_in_memory_is_looked_at_too():
+    """As the demo's page sends it."""
+    content = as_jpeg(scene())
+    assert read_picture(io.BytesIO(content), upright=True).shape == (152, 200, 3)
+    with pytest.raises(DatasetError, match="a part of it is missing"):
+        read_picture(io.BytesIO(content[:len(content) // 2] + b"\xff\xd9"), upright=True)
+
+
 def test_the_check_of_a_data_set_looks_thoroughly(tmp_path):
     spec = write_camvid(tmp_path / "set", suffix=".jpg")
     content = as_jpeg(scene((48, 36)), progressive=True)
