@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
 from data import open_dataset
-from eval import evaluate, resize_image, scores, spread_indices
+from eval import evaluate, resize_image, scores
 from extras.cli import show_progress
+from extras.comparison import spread_indices
 from extras.exported_model import ExportError
 from extras.onnx_graph import (
     INPUT,
+    FileModel,
     open_session,
     read_facts,
     runner_of,
@@ -57,7 +57,7 @@ class Int8Report:
 def quantize_file(source, target, frames):
     """An ONNX file of fixed size -> one in 8 bits.
 
-    frames: an iterable of (3, H, W) uint8 images at the file's size, to calibrate on
+    frames: an iterable of images (1, 3, H, W) as the file takes them, to calibrate on
     """
     import onnx
     from onnxruntime.quantization import (
@@ -75,7 +75,7 @@ def quantize_file(source, target, frames):
             frame = next(self.frames, None)
             if frame is None:
                 return None
-            return {INPUT: frame[None].float().numpy() / 255}
+            return {INPUT: frame.numpy()}
 
     model = linear_maps_as_gemm(onnx.load(source))
     with quiet_quantiser():
@@ -201,34 +201,27 @@ def quiet_quantiser():
 # ---------------------------------------------------------------- frames and scores
 
 def calibration_frames(dataset, size):
-    """Yield frames (3, H, W) of a data set, spread over it, at `size` (H, W)."""
+    """Yield images (1, 3, H, W) in [0, 1] of a data set, spread over it, at `size` (H, W)."""
     chosen = spread_indices(len(dataset), CALIBRATION_FRAMES)
     progress = show_progress("calibration frames")
     for done, i in enumerate(chosen, 1):
         image, _ = dataset[i]
         progress(done, len(chosen))
-        yield resize_image(image, size)
+        yield resize_image(image, size)[None].float() / 255
 
 
-class OnnxModel(nn.Module):
-    """An ONNX file in the place of a network: images (B, 3, H, W) -> logits, for `evaluate`."""
+def open_logits(path):
+    """-> a function from images to the logits of an ONNX file, also of one whose output is classes.
+    """
+    import onnx
 
-    def __init__(self, path, num_classes):
-        super().__init__()
-        import onnx
-
-        model = onnx.load(path)
-        show_logits(model)
-        self.run = runner_of(open_session(model.SerializeToString()))
-        self.num_classes = num_classes
-        self.device_of = nn.Parameter(torch.zeros(0))             # `evaluate` asks where it is
-
-    def forward(self, images):
-        return self.run(images)
+    model = onnx.load(path)
+    show_logits(model)
+    return runner_of(open_session(model.SerializeToString()))
 
 
 def score_of(model, dataset, size, name):
-    """-> mIoU of a network, or of an OnnxModel, over a data set, at the labels' size."""
+    """-> mIoU of a network, or of a FileModel, over a data set, at the labels' size."""
     confusion = evaluate(model, dataset, size, progress=show_progress(name))
     return scores(confusion)["miou"]
 
@@ -248,7 +241,7 @@ def write_int8(model, exported, target, size, spec, max_drop):
     partial = target.with_name(f"partial-{os.getpid()}-int8.onnx")
     try:
         quantize_file(str(exported), str(partial), calibration_frames(train, size))
-        small = OnnxModel(str(partial), model.num_classes)
+        small = FileModel(open_logits(str(partial)), model.num_classes)
         report = Int8Report(
             miou_fp32=score_of(model.fold(), val, size, "fp32"),
             miou=score_of(small, val, size, "int8"),

@@ -35,7 +35,9 @@ class Options:
     dtype: torch.dtype
     classes: int
     compile: bool = False
-    data: str | None = None                                       # what the subject `data` reads
+    data: str | None = None                                       # for `data` and `runtimes`
+    checkpoint: str | None = None                                 # whose weights `runtimes` takes
+    size_given: bool = True                                       # else a file's own size counts
 
     def with_two_images(self):
         """For what trains: a batch of two at least."""

@@ -10,6 +10,7 @@
 import json
 
 import torch
+from torch import nn
 
 INPUT = "images"
 
@@ -99,11 +100,26 @@ def open_onnx(path):
 
 def runner_of(session):
     """-> a function from images (B, 3, H, W) to the session's first output, as tensors."""
+    name = session.get_inputs()[0].name
+
     def run(images):
-        outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        outputs = session.run(None, {name: images.numpy()})
         return torch.from_numpy(outputs[0])
 
     return run
+
+
+class FileModel(nn.Module):
+    """A function from images (B, 3, H, W) to logits in the place of a network, for `evaluate`."""
+
+    def __init__(self, run, num_classes):
+        super().__init__()
+        self.run = run
+        self.num_classes = num_classes
+        self.place = nn.Parameter(torch.zeros(0))                 # `evaluate` asks for a device
+
+    def forward(self, images):
+        return self.run(images)
 
 
 def write_facts(path, facts):

@@ -234,7 +234,7 @@ def test_int8_keeps_its_accuracy(trained, tmp_path):
 
     # a calibration that has seen black frames only: everything else is clipped
     with pytest.MonkeyPatch.context() as patch:
-        black = [torch.zeros(3, 64, 96, dtype=torch.uint8)]
+        black = [torch.zeros(1, 3, 64, 96)]
         patch.setattr(int8, "calibration_frames", lambda dataset, size: black)
         sentence = r"broken.onnx was not written: in int8 it has .* less than in fp32"
         with pytest.raises(exported_model.ExportError, match=sentence):
