@@ -28,6 +28,7 @@ import torch
 
 from extras.cli import AMP_DTYPES, number, pick_device, run_command
 from extras.measure import (
+    CLOCKS,
     Candidate,
     Options,
     compile_forward,
@@ -261,6 +262,9 @@ def build_parser():
                         help="what the subject data reads: camvid:DIR, cityscapes:DIR or "
                              "folder:DIR (default: drawn frames, written as .png); what runtimes "
                              "calibrates on (train) and scores (val)")
+    parser.add_argument("--clock", default="wall", choices=tuple(CLOCKS),
+                        help="runtimes and files: the time of the wall, or of the CPU, which a "
+                             "machine that others use too disturbs less (default: wall)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers for machines")
     return parser
 
@@ -289,13 +293,16 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     names, checkpoint = split_subjects(parser, args.subjects)
+    others = set(names) & set(SUBJECTS) - {"runtimes"}
+    if args.clock != "wall" and others:
+        parser.error(f"--clock cpu is for runtimes and files, not for {', '.join(sorted(others))}")
     if args.json and not Path(args.json).parent.is_dir():
         parser.error(f"--json {args.json}: there is no such folder")
     device = pick_device(args.device)
     dtype = AMP_DTYPES.get(args.dtype, torch.float32)
     size = tuple(args.size or DEFAULT_SIZE)
     options = Options(size, args.batch, args.rounds, device, dtype, args.classes,
-                      args.compile, args.data, checkpoint, args.size is not None)
+                      args.compile, args.data, checkpoint, args.size is not None, args.clock)
     args.size = list(size)
     H, W = size
     networks = f"{H}x{W}, {args.classes} classes, logits at a quarter, "

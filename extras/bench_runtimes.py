@@ -4,6 +4,7 @@
     python bench.py runtimes student.pth --data camvid:DIR --size 360 480      # with mIoU
     python bench.py student.pth --size 512 1024                    # this network, here
     python bench.py student.onnx                                   # this file, in each runtime
+    OMP_NUM_THREADS=1 python bench.py runtimes --clock cpu         # on a machine that others use
     pip install transformers==5.23.0 onnx onnxscript onnxruntime openvino      # a row needs its own
 
 `runtimes` exports transformers' graph and ours by the same exporter, for one size, and quantises
@@ -284,6 +285,7 @@ def bench_runtimes(options):
         raise UsageError("the subject runtimes has its own precisions: "
                          "leave --dtype and --compile out")
     settings = settings_here()
+    print(describe_clock(options))
     if options.data is None:
         print("int8 is calibrated on noise: without --data its differences say little")
     rows = []
@@ -302,6 +304,14 @@ def bench_runtimes(options):
     return rows
 
 
+def describe_clock(options):
+    if options.clock == "wall":
+        return "times by the wall clock"
+    threads = torch.get_num_threads()
+    return (f"times are the CPU's, summed over {threads} threads: what other processes do at the "
+            "same time hardly counts")
+
+
 def rows_of(title, model, folder, options, settings):
     """-> a row for each setting and side"""
     images = sample_of(options)
@@ -315,7 +325,8 @@ def rows_of(title, model, folder, options, settings):
         for setting in of_runtime:
             for side in SIDES:
                 opened = partial(open_setting, folder, side, setting)
-                candidates[setting, side] = Candidate(partial(make_timed, opened, options.size))
+                make = partial(make_timed, opened, options.size)
+                candidates[setting, side] = Candidate(make, clock=options.clock)
         timings = run_in_turns(candidates, options.rounds, options.device)
         for (setting, side), timing in timings.items():
             run = open_setting(folder, side, setting)
@@ -401,7 +412,7 @@ def bench_file(path, options):
     timings = run_in_turns(candidates, runs, options.device)
     height, width = size
     widths = (30, 12, 19, 12, 12)
-    print(f"\n{path}, {runs} runs")
+    print(f"\n{path}, {runs} runs, {describe_clock(options)}")
     print_row((f"{height}x{width}, batch {options.batch}", "median ms", "95th percentile", "FPS",
                "peak MiB"), widths)
     rows = []
@@ -427,7 +438,7 @@ def checkpoint_candidates(path, options):
     dtype = str(options.dtype).removeprefix("torch.")
     title = f"PyTorch, {dtype}, folded"
     make = partial(make_checkpoint, path, options, tuple(size))
-    return {title: Candidate(make)}, tuple(size)
+    return {title: Candidate(make, clock=options.clock)}, tuple(size)
 
 
 def make_checkpoint(path, options, size):
@@ -456,7 +467,8 @@ def onnx_candidates(path, options):
         title = setting.title
         if setting.runtime == "ONNX Runtime":                     # runs what the file says
             title = setting.runtime
-        candidates[title] = Candidate(partial(make_batch, opened, options.batch, size))
+        make = partial(make_batch, opened, options.batch, size)
+        candidates[title] = Candidate(make, clock=options.clock)
     return candidates, size
 
 

@@ -4,6 +4,7 @@ scripts run as they stand there."""
 import importlib.util
 import json
 import re
+import time
 
 import numpy as np
 import onnx
@@ -14,7 +15,14 @@ from PIL import Image
 
 import bench
 from conftest import ROOT, command, write_folder
-from extras import bench_runtimes, exported_model, hugging_face, int8, onnx_graph
+from extras import (
+    bench_runtimes,
+    exported_model,
+    hugging_face,
+    int8,
+    measure,
+    onnx_graph,
+)
 from extras.cli import UsageError
 from extras.predict import read_photo
 from model import SIZES, save_checkpoint, segformer
@@ -134,12 +142,13 @@ def test_other_classes_than_the_datas_are_a_sentence(network, monkeypatch, tmp_p
 def test_the_speed_of_a_checkpoint(checkpoint, tmp_path):
     path = tmp_path / "bench.json"
     output = command("bench.py", checkpoint, "--size", 64, 96, "--rounds", 1, "--device", "cpu",
-                     "--dtype", "bf16", "--json", path)
+                     "--dtype", "bf16", "--clock", "cpu", "--json", path)
     row, = json.loads(path.read_text())["results"][str(checkpoint)]
     assert row["setting"] == "PyTorch, bfloat16, folded" and row["size"] == [64, 96]
     assert len(row["round_seconds"]) == 10
     assert row["percentile_95_seconds"] >= row["seconds"] > 0
     assert "64x96, batch 1" in output and "95th percentile" in output and "19 classes" not in output
+    assert "times are the CPU's" in output
 
 
 def write_tiny_onnx(path, shape):
@@ -185,11 +194,22 @@ def test_the_speed_of_an_onnx_file(network, monkeypatch, tmp_path, capsys):
     (["vector.onnx"], "does not take one batch of float images"),
     (["runtimes", "net.pth", "net.pth"], "runtimes takes one checkpoint"),
     (["runtimes", "text.onnx"], "runtimes takes one checkpoint"),
+    (["model", "--clock", "cpu"], "--clock cpu is for runtimes and files, not for model"),
 ])
 def test_files_that_are_none_are_a_sentence(words, sentence, checkpoint, tmp_path):
     (tmp_path / "text.onnx").write_text("no")
     write_tiny_onnx(tmp_path / "vector.onnx", [2])
     assert sentence in command("bench.py", *words, "--device", "cpu", code=2, cwd=tmp_path)
+
+
+def test_the_cpus_clock_does_not_count_waiting():
+    device = torch.device("cpu")
+
+    def wait():
+        time.sleep(0.2)
+
+    assert measure.seconds_of(wait, device) >= 0.2
+    assert measure.seconds_of(wait, device, "cpu") < 0.1
 
 
 def test_percentile():
