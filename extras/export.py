@@ -55,8 +55,8 @@ def describe_resizing(model, size):
     if size is not None and tuple(size) != (height, width):
         return (f"\nbeware: it takes {size[0]}x{size[1]}, and was trained at {height}x{width}: "
                 "score it at that size before you use it (eval.py --size)")
-    return (f"\nit was trained at {height}x{width}: resize frames to that first (bilinear), and its "
-            "output to the frame's size after (input_size in the file)")
+    return (f"\nit was trained at {height}x{width}: resize frames to that first (bilinear), "
+            "and its output to the frame's size after (input_size in the file)")
 
 
 def export_program(model, args):

@@ -3,6 +3,7 @@ scripts run as they stand there."""
 
 import importlib.util
 import json
+import os
 import re
 import time
 
@@ -228,15 +229,28 @@ def script_with(sign):
     return found[0]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with what the scripts open: student.onnx, my-segformer, a photo. -> (it, the model)
+    """
+    folder = tmp_path_factory.mktemp("deployed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "b0", SIZES["b0"] | {"depths": (1, 1, 1, 1)})
+        model = randomise(segformer("b0", 3)).eval()
+        model.classes = ["road", "sky", "car"]
+        model.input_size = SIZE
+        exported_model.export(model, folder / "student.onnx", size=SIZE)
+        hugging_face.write_folder(model, folder / "my-segformer")
+    Image.effect_noise((120, 90), 90).convert("RGB").save(folder / "photo.jpg")
+    return folder, model
+
+
 @pytest.fixture
-def deployed(network, tmp_path, monkeypatch):
-    """A folder with what the scripts open: student.onnx, my-segformer, a photo. -> the model"""
-    network.input_size = SIZE
-    exported_model.export(network, tmp_path / "student.onnx", size=SIZE)
-    hugging_face.write_folder(network, tmp_path / "my-segformer")
-    Image.effect_noise((120, 90), 90).convert("RGB").save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    return network
+def deployed(written, monkeypatch):
+    """To be in that folder. -> the model"""
+    folder, model = written
+    monkeypatch.chdir(folder)
+    return model
 
 
 def expected_classes(model):
@@ -266,10 +280,10 @@ def test_the_transformers_script(deployed):
     assert labels and labels <= set(deployed.classes)
 
 
-def test_a_phones_format(deployed, tmp_path):
+def test_a_phones_format(deployed):
     """The command that DEPLOY.md names for reduced builds makes a file that does the same."""
-    command("-m", "onnxruntime.tools.convert_onnx_models_to_ort", tmp_path / "student.onnx",
-            "--optimization_style", "Fixed")
+    command("-m", "onnxruntime.tools.convert_onnx_models_to_ort", "student.onnx",
+            "--optimization_style", "Fixed", cwd=os.getcwd())
     images = {"images": np.random.default_rng(0).random((1, 3, *SIZE), dtype=np.float32)}
     outputs = []
     for name in ("student.onnx", "student.ort"):
