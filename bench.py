@@ -11,9 +11,9 @@
     python bench.py model peer step --compile --json bench.json
 
 The first two stand here, the others in extras/bench_transformers.py, bench_losses.py,
-bench_data.py and bench_runtimes.py. What is compared takes turns, each in a process of its own and
-in the same setting on both sides: look at the ratios, and at how far they spread over the rounds
-(extras/measure.py).
+bench_data.py, bench_runtimes.py and bench_file.py. What is compared takes turns, each in a process
+of its own and in the same setting on both sides: look at the ratios, and at how far they spread
+over the rounds (extras/measure.py).
 """
 
 import argparse
@@ -235,7 +235,7 @@ def run_subject(name, options):
     if name == "runtimes":
         from extras.bench_runtimes import bench_runtimes
         return bench_runtimes(options)
-    from extras.bench_runtimes import bench_file
+    from extras.bench_file import bench_file
     return bench_file(name, options)
 
 
