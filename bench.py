@@ -6,11 +6,14 @@
     python bench.py step                      # a distillation step B2 -> B0, against transformers
     python bench.py losses                    # each loss against its plain version
     python bench.py data [--data camvid:DIR]  # reading frames, decoded each time or from the cache
+    python bench.py runtimes                  # PyTorch, ONNX Runtime, OpenVINO; fp32, bf16, int8
+    python bench.py student.pth --size 512 1024         # one network, or one .onnx file, here
     python bench.py model peer step --compile --json bench.json
 
-The first two stand here, the others in extras/bench_transformers.py, bench_losses.py and
-bench_data.py. What is compared takes turns, each in a process of its own and in the same setting on
-both sides: look at the ratios, and at how far they spread over the rounds (extras/measure.py).
+The first two stand here, the others in extras/bench_transformers.py, bench_losses.py,
+bench_data.py, bench_runtimes.py and bench_file.py. What is compared takes turns, each in a process
+of its own and in the same setting on both sides: look at the ratios, and at how far they spread
+over the rounds (extras/measure.py).
 """
 
 import argparse
@@ -18,12 +21,14 @@ import json
 import platform
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from extras.cli import AMP_DTYPES, number, pick_device, run_command
 from extras.measure import (
+    CLOCKS,
     Candidate,
     Options,
     compile_forward,
@@ -206,11 +211,12 @@ def print_scaling(rows):
 
 # ---------------------------------------------------------------- the command
 
-SUBJECTS = ("model", "scaling", "peer", "step", "losses", "data")
+SUBJECTS = ("model", "scaling", "peer", "step", "losses", "data", "runtimes")
+DEFAULT_SIZE = (512, 1024)                                        # the paper's
 
 
 def run_subject(name, options):
-    """Measure one of SUBJECTS, whose file is imported only now. -> rows"""
+    """Measure one of SUBJECTS, or a file; what it needs is imported only now. -> rows"""
     if name == "model":
         return bench_model(options)
     if name == "scaling":
@@ -224,16 +230,23 @@ def run_subject(name, options):
     if name == "losses":
         from extras.bench_losses import bench_losses
         return bench_losses(options)
-    from extras.bench_data import bench_data
-    return bench_data(options)
+    if name == "data":
+        from extras.bench_data import bench_data
+        return bench_data(options)
+    if name == "runtimes":
+        from extras.bench_runtimes import bench_runtimes
+        return bench_runtimes(options)
+    from extras.bench_file import bench_file
+    return bench_file(name, options)
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Parameters, MACs, speed, memory on this device.")
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT",
-                        help=f"{', '.join(SUBJECTS)} (default: model)")
-    parser.add_argument("--size", type=number(int, SMALLEST), nargs=2, default=[512, 1024],
-                        metavar=("H", "W"), help="default 512 1024, the paper's")
+                        help=f"{', '.join(SUBJECTS)} (default: model); or a checkpoint or .onnx "
+                             "file: its own speed, or with runtimes the weights for that")
+    parser.add_argument("--size", type=number(int, SMALLEST), nargs=2, metavar=("H", "W"),
+                        help="default 512 1024, the paper's; of a file, what it was made for")
     parser.add_argument("--classes", type=number(int, 1), default=19,
                         help="outputs of the networks (default 19, Cityscapes'; CamVid has 11)")
     parser.add_argument("--batch", type=number(int, 1), default=1,
@@ -248,7 +261,11 @@ def build_parser():
                              "and scaling, beside it for peer and step; not for losses and data")
     parser.add_argument("--data", metavar="SPEC",
                         help="what the subject data reads: camvid:DIR, cityscapes:DIR or "
-                             "folder:DIR (default: drawn frames, written as .png)")
+                             "folder:DIR (default: drawn frames, written as .png); what runtimes "
+                             "calibrates on (train) and scores (val)")
+    parser.add_argument("--clock", default="wall", choices=tuple(CLOCKS),
+                        help="runtimes and files: the time of the wall, or of the CPU, which a "
+                             "machine that others use too disturbs less (default: wall)")
     parser.add_argument("--json", metavar="FILE", type=output_path,
                         help="write the numbers for machines")
     return parser
@@ -260,23 +277,42 @@ def device_name(device):
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def split_subjects(parser, words):
+    """The words of the command -> (what to measure, the checkpoint for `runtimes` or None)."""
+    files = [word for word in words if word not in SUBJECTS]
+    for path in files:
+        if not Path(path).exists():
+            parser.error(f"unknown subject {path!r}: choose from {', '.join(SUBJECTS)}, "
+                         "or name a file that is there")
+    if "runtimes" not in words or not files:
+        return words or ["model"], None
+    if len(files) > 1 or files[0].lower().endswith(".onnx"):
+        parser.error("runtimes takes one checkpoint: it exports both sides itself")
+    return [word for word in words if word in SUBJECTS], files[0]
+
+
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    for name in args.subjects:
-        if name not in SUBJECTS:
-            parser.error(f"unknown subject {name!r}: choose from {', '.join(SUBJECTS)}")
+    names, checkpoint = split_subjects(parser, args.subjects)
+    others = set(names) & set(SUBJECTS) - {"runtimes"}
+    if args.clock != "wall" and others:
+        parser.error(f"--clock cpu is for runtimes and files, not for {', '.join(sorted(others))}")
     device = pick_device(args.device)
     dtype = AMP_DTYPES.get(args.dtype, torch.float32)
-    options = Options(tuple(args.size), args.batch, args.rounds, device, dtype, args.classes,
-                      args.compile, args.data)
-    H, W = options.size
+    size = tuple(args.size or DEFAULT_SIZE)
+    options = Options(size, args.batch, args.rounds, device, dtype, args.classes,
+                      args.compile, args.data, checkpoint, args.size is not None, args.clock)
+    args.size = list(size)
+    H, W = size
+    networks = f"{H}x{W}, {args.classes} classes, logits at a quarter, "
+    if checkpoint or not set(names) & set(SUBJECTS):              # files have their own
+        networks = ""
     print(f"{device_name(device)}, torch {torch.__version__}, {args.dtype}, batch {args.batch}, "
-          f"{H}x{W}, {args.classes} classes, logits at a quarter, median of {args.rounds} rounds",
-          flush=True)
+          f"{networks}median of {args.rounds} rounds", flush=True)
 
     results = {}
-    for name in args.subjects or ["model"]:
+    for name in names:
         results[name] = run_subject(name, options)
         if args.json:
             # after each: what is measured is not lost if the next one fails

@@ -167,11 +167,8 @@ def view_logits(model, image, size, scale, mirrored):
 
 def network_logits(model, image, size=None):
     """uint8 image (3, H, W) -> logits (1, C, h/4, w/4) of it at `size` (h, w), None for its own."""
-    if size is not None and tuple(image.shape[1:]) != tuple(size):
-        height, width = size
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    if size is not None:
+        image = resize_image(image, size)
     height, width = image.shape[1:]
     if min(height, width) < SMALLEST:
         raise UsageError(f"a frame of {width}x{height} pixels: "
@@ -183,6 +180,16 @@ def network_logits(model, image, size=None):
     if not logits.isfinite().all():
         raise NotFinite("the network's output is not finite: its weights are broken")
     return logits
+
+
+def resize_image(image, size):
+    """uint8 image (3, H, W) -> (3, h, w), bilinear."""
+    height, width = size
+    if tuple(image.shape[1:]) == (height, width):
+        return image
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------- a model over a data set

@@ -14,7 +14,8 @@ A format is a table of names, theirs -> ours, each the beginning of a tensor's n
     {n}        a number that counts stages from 1; ours is {i}, from 0
     [text]     there or not
     None       not part of this network: left out
-The first row that fits is taken. A table without {n} reads backwards too: with its [text].
+The first row that fits is taken. A table without {n} is read backwards too, with its [text]: see
+`their_name`, by which extras/hugging_face.py writes.
 """
 
 import functools
@@ -156,6 +157,7 @@ def convert(content, num_classes, path):
         tensors["mean"] = content["mean"]
         tensors["std"] = content["std"]
         names = content["classes"]
+        palette = content["palette"]
     ours = {
         "model": tensors,
         "variant": find_variant(tensors, path),
@@ -163,6 +165,7 @@ def convert(content, num_classes, path):
         "layer_norm_eps": layout.eps,
         "classes": names,
         "palette": palette,
+        "input_size": content.get("input_size"),                  # in a folder that we wrote
     }
     return ours, words
 
@@ -303,6 +306,21 @@ def name_pattern(template):
     return re.compile(pattern, re.ASCII)
 
 
+def their_name(name, names):
+    """`our_name` backwards, for a table without {n}. Raises KeyError for a name not in the table.
+
+    A number {n} counts from 1, so a table with it would need more than this.
+    """
+    for theirs, ours in names.items():
+        if ours is None:
+            continue
+        found = name_pattern(ours).match(name)
+        if found:
+            whole = theirs.replace("[", "").replace("]", "")      # with its optional text
+            return whole.format(**found.groupdict()) + name[found.end():]
+    raise KeyError(name)
+
+
 def split_keys_and_values(name, tensor):
     """NVlabs has k and v in one layer, the rows of k first. -> {name: tensor}"""
     if ".kv." not in name or tensor.ndim == 0 or len(tensor) < 2:
@@ -314,7 +332,8 @@ def split_keys_and_values(name, tensor):
 # ---------------------------------------------------------------- Hugging Face's files
 
 def read_folder(path):
-    """-> what a Hugging Face folder holds: "tensors", "mean", "std" and "classes" (names or None).
+    """-> what a Hugging Face folder holds: "tensors", "mean", "std"; and "classes" (names),
+    "palette" and "input_size", or None.
 
     Reads model.safetensors or pytorch_model.bin, config.json and, where there is one,
     preprocessor_config.json.
@@ -327,6 +346,7 @@ def read_folder(path):
     try:
         config = read_json(os.path.join(path, "config.json"))
         names = class_names(config)
+        palette, input_size = read_our_settings(config)
         mean, std = read_normalisation(os.path.join(path, "preprocessor_config.json"))
     except OSError as error:
         raise CheckpointError(f"{path} is no Hugging Face folder: "
@@ -348,7 +368,14 @@ def read_folder(path):
     placeholders = [f"LABEL_{i}" for i in range(len(names))]      # transformers' own, for no names
     if not fits or names == placeholders:
         names = None
-    return {"tensors": tensors, "mean": mean, "std": std, "classes": names}
+    return {
+        "tensors": tensors,
+        "mean": mean,
+        "std": std,
+        "classes": names,
+        "palette": palette,
+        "input_size": input_size,
+    }
 
 
 def read_json(path):
@@ -382,6 +409,15 @@ def class_names(config):
     """-> the names in config.json, in the order of the outputs."""
     labels = config.get("id2label") or {}
     return [str(labels[str(i)]) for i in range(len(labels))]
+
+
+def read_our_settings(config):
+    """-> (palette, input_size) that extras/hugging_face.py wrote into config.json, or Nones."""
+    ours = config.get("effiseg") or {}
+    palette = ours.get("palette")
+    if palette is not None:
+        palette = [tuple(colour) for colour in palette]
+    return palette, ours.get("input_size")
 
 
 def read_normalisation(path):

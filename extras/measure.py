@@ -35,7 +35,10 @@ class Options:
     dtype: torch.dtype
     classes: int
     compile: bool = False
-    data: str | None = None                                       # what the subject `data` reads
+    data: str | None = None                                       # for `data` and `runtimes`
+    checkpoint: str | None = None                                 # whose weights `runtimes` takes
+    size_given: bool = True                                       # else a file's own size counts
+    clock: str = "wall"                                           # for `runtimes` and files
 
     def with_two_images(self):
         """For what trains: a batch of two at least."""
@@ -50,6 +53,7 @@ class Candidate:
     """What is measured, in the setting in which it is measured."""
     make: Callable              # make() -> run, and run() is timed
     keep_memory: bool = True    # extras.cli.keep_freed_memory, as train.py and eval.py run
+    clock: str = "wall"         # one of CLOCKS
 
 
 @dataclass
@@ -76,12 +80,19 @@ def synchronise(device):
         torch.mps.synchronize()
 
 
-def seconds_of(run, device):
+CLOCKS = {
+    "wall": time.perf_counter,
+    "cpu": time.process_time,               # of all threads of the process, and of it alone
+}
+
+
+def seconds_of(run, device, clock="wall"):
+    now = CLOCKS[clock]
     synchronise(device)
-    start = time.perf_counter()
+    start = now()
     run()
     synchronise(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def return_freed_memory():
@@ -133,7 +144,7 @@ def serve(pipe, candidate, device):
         keep_freed_memory()
     before = forget_peak(device)
     while pipe.recv():
-        pipe.send(seconds_of(run, device))
+        pipe.send(seconds_of(run, device, candidate.clock))
     peak = peak_memory(device)
     pipe.send(None if peak is None else peak - before)
 
