@@ -81,6 +81,8 @@ def network_macs(options, variant, norm):
     """-> NetworkMacs of one image of options.size"""
     cpu = torch.device("cpu")
     alone = replace(options, batch=1, device=cpu, dtype=torch.float32, compile=False)
+    # Folded, stage i's matrix F_i L_i (D x C_i) costs what the published L_i does; the published
+    # decoder has the 1x1 convolution over 4D channels on top.
     macs = count_macs(make_forward(alone, variant, norm, folded=True))
     H, W = options.size
     quarter = -(-H // 4) * -(-W // 4)                             # pixels at 1/4, rounded up

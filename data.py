@@ -20,7 +20,7 @@ Layouts, all images .png or .jpg:
                         raw ids, mapped to the 19 classes here; *_labelTrainIds.png where present
     folder:DIR      images/ labels/           8-bit ids 0..C-1, 255 = void, same stems
                     classes.txt               a line for each class: name [R G B]
-                    train.txt val.txt test.txt    if you like: the stems of each split, one a line;
+                    train.txt val.txt test.txt    if you like: the stems of each split, a line each;
                                               without them the last fifth is val
 
 Video frames are near-duplicates of their neighbours: folds are made of whole drives, or of blocks
@@ -52,7 +52,7 @@ from PIL import Image, ImageOps
 IGNORE = 255                                                      # void: counts nowhere
 INVALID = 254                                                     # an id that must not occur
 SPLITS = ("train", "val", "test")
-PAD = (124, 116, 104)                                             # ImageNet's mean: 0, normalised
+PAD = (124, 116, 104)                                             # ImageNet's mean, 0 normalised
 LUMINANCE = (0.299, 0.587, 0.114)                                 # of R, G, B (ITU-R BT.601)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # What a file is taken for, whatever its name. Pillow knows formats that run a program to be read.
@@ -96,9 +96,11 @@ class Dataset:
     classes    names, in the order of the ids
     palette    an (R, G, B) for each class
     stems      a name for each frame
-    size       the (H, W) that frames are worked at, or None for their own
+    size       the (H, W) that training and scoring resize frames to (dataset[i] does not), or None
 
-    A subclass finds its frames, {stem: where its files are}, and reads them.
+    A subclass finds its frames, {stem: where its files are}, and reads them. It defines
+    find_frames(split); read_image(i) -> uint8 (H, W, 3); read_label(i) -> uint8 (H, W); and
+    where(i) -> its path or name, for error messages.
     """
 
     fold_by = "block"                                             # how folds are made by default
@@ -128,7 +130,7 @@ class Dataset:
         self.stems = list(frames)
 
     def use_cache(self, folder):
-        """Keep decoded frames in `folder`; drawn ones need it not."""
+        """Keep decoded frames in `folder`; drawn scenes need none."""
 
     def quick_check(self, smallest=1):
         """Raise DatasetError for what a quick look at every frame shows to be broken.
@@ -487,9 +489,9 @@ def open_dataset(spec, split, fold=None, folds=2, transform=None, fold_by=None, 
     fold_by    "drive" (whole drives, told by the stems), "block" (neighbours), "shuffle" (leaks;
                warns), or None for the first of these that the data set can
     transform  what a frame goes through: (image, label) -> (image, label)
-    cache      a folder that keeps the decoded frames, 4 bytes a pixel, so that each file is decoded
-               once; drawn scenes need none
-    size       the (H, W) that frames are worked at, in place of the data set's own
+    cache      a folder that keeps the decoded frames, 4 bytes per pixel, so that each file is
+               decoded once; drawn scenes need none
+    size       that (H, W), in place of the data set's own
 
     Raises DatasetError, naming what was looked for where.
     """
@@ -584,7 +586,7 @@ class Augment:
     """Image (3, H, W) and label (H, W), uint8 -> the same two at exactly `crop` (height, width).
 
     recipe "segformer": resize to `size` (None: the image's own) times a random factor in
-    `scale_range`; crop, where no class has over 75 % of the labelled pixels; photometric
+    `scale_range`; crop at a place where no class has over 75 % of the labelled pixels; photometric
     distortion; flip; pad with void.
     recipe "plain", the paper's: resize to `crop`; flip.
     """
@@ -656,7 +658,7 @@ def resize_pair(image, label, size):
     shrinks; the label nearest, so that no new ids appear."""
     if label.shape == tuple(size):
         return image, label
-    # the same values, known to torch as channels-last: a third of the time
+    # the same values, known to torch as channels-last, which is faster
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)      # (1, 3, h, w)
     image = F.interpolate(batch, size=size, mode="bilinear", antialias=True)[0]
     label = F.interpolate(label[None, None], size=size, mode="nearest-exact")[0, 0]
@@ -678,7 +680,8 @@ def pad_pair(image, label, size):
 def distort(image, rng):
     """Photometric distortion of an image (3, H, W), each with probability 1/2: brightness +-32,
     contrast x0.5-1.5, saturation x0.5-1.5 (about the luminance), hue +-18 degrees (about the grey
-    axis). All four are one affine map of RGB: a tenth of the time of going through HSV."""
+    axis; mmseg's hue_delta = 18 is 36 degrees, since OpenCV counts hue in steps of 2). All four are
+    one affine map of RGB, which is much cheaper than going through HSV."""
     def maybe(low, high, neutral):
         return rng.uniform(low, high) if rng.random() < 0.5 else neutral
 

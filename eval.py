@@ -77,6 +77,8 @@ def confusion_matrix(predictions, labels, num_classes):
 def scores(confusion):
     """(C, C) -> {"miou", "macc", "aacc", "iou": [C], "acc": [C]}, fractions.
 
+    iou is TP / (TP + FP + FN) of a class, acc its recall TP / (TP + FN); miou and macc are their
+    means over the classes, aacc the share of all labelled pixels that are right.
     A class with neither truth nor prediction is nan and left out of miou; one without truth has no
     accuracy (nan).
     """
@@ -166,7 +168,10 @@ def view_logits(model, image, size, scale, mirrored):
 
 
 def network_logits(model, image, size=None):
-    """uint8 image (3, H, W) -> logits (1, C, h/4, w/4) of it at `size` (h, w), None for its own."""
+    """uint8 image (3, H, W) -> logits (1, C, h/4, w/4) of it at `size` (h, w), None for its own.
+
+    Raises UsageError for an image that is too small, NotFinite for NaN logits.
+    """
     if size is not None:
         image = resize_image(image, size)
     height, width = image.shape[1:]
@@ -254,10 +259,10 @@ class Network:
     path: str
     name: str                                                     # its column
     model: SegFormer
-    result: dict = field(default_factory=dict)                    # see `score`
+    result: dict = field(default_factory=dict)                    # see `score_network`
 
 
-def score(network, dataset, args):
+def score_network(network, dataset, args):
     """-> `scores` of a network and its "confusion"; with --amp also "same_class"."""
     model = network.model
     options = segment_options(args)
@@ -386,7 +391,7 @@ def build_parser():
 
 
 def check_flags(parser, args):
-    """What single flags cannot tell."""
+    """Refuse flags that contradict each other."""
     check_view_flags(parser, args)
     if args.quarter and (args.window or args.flip or args.scales != [1.0]):
         parser.error("--quarter is the paper's protocol, which has no windows, scales or flips")
@@ -431,7 +436,7 @@ def run(parser, args, table_stream):
 
     with autocast(device, args.amp):
         for network in networks:
-            network.result = score(network, dataset, args)
+            network.result = score_network(network, dataset, args)
         print_scores(networks, dataset, args, table_stream)
         if args.json:
             write_json(networks, dataset, args)

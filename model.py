@@ -40,7 +40,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Widths and depths of the four stages, and the decoder's width D ([1] Table 6).
+# Widths and depths of the four stages, and the decoder's width D, as in the published code and
+# weights. [1] Table 6 prints other depths for B2 and B3 (3 in stage 2) and other MLP ratios
+# (8, 8, 4, 4): neither fits the weights.
 WIDE = (64, 128, 320, 512)
 SIZES = {
     "b0": {"dims": (32, 64, 160, 256), "depths": (2, 2, 2, 2), "width": 256},
@@ -239,7 +241,8 @@ class Block(nn.Module):
 
 
 def recompute(module, x):
-    """module(x), of which the gradients keep x alone and compute the rest again when they need it.
+    """module(x) with activation checkpointing: only x is kept, the backward pass computes the rest
+    again. (torch.utils.checkpoint: nothing to do with the files that are called checkpoints below.)
 
     The MLP's three maps of four times the width are most of what a training step would hold, and
     cheap to compute. Hooks inside `module` fire again then. Without gradients it is module(x).
@@ -272,6 +275,8 @@ class Stage(nn.Module):
 
 class Decoder(nn.Module):
     """The all-MLP decoder ([1] eq. 4): published parameters, a fraction of the operations.
+
+    BatchNorm and ReLU after the fusion are the published code's; eq. 4 does not show them.
 
     Published: project every stage i to D channels (L_i, b_i), upsample to 1/4, concatenate the 4D
     channels, and mix them with a 1x1 convolution 4D -> D; two thirds of B0's operations are that
@@ -356,11 +361,13 @@ def sum_upsampled(stages, weights, bias):
     for stage, weight in zip(stages[1:], weights[1:], strict=True):
         narrow = as_image(F.linear(as_tokens(stage), weight))     # (B, D, H_i, W_i)
         wide = F.interpolate(narrow, size=size, mode="bilinear", align_corners=False)
-        # Into `wide`, which is nobody's view: autograd would copy what a view shares.
+        # In place into `wide`, which owns its memory. `total` starts as a permuted view, and
+        # writing into a view costs autograd a copy.
         total = wide.add_(total)
     return total
 
 
+# Layers whose output is a known formula of their parameters.
 STOCK = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Dropout2d, DyT, DyL)
 
 
@@ -397,7 +404,7 @@ class SegFormer(nn.Module):
         classes       names, one for each class
         palette       (R, G, B), one for each class
         input_size    (H, W) that images were resized to in training
-        trained_on    the data and fold
+        trained_on    {"data", "fold", "folds", "fold_by"} of the training
     """
 
     def __init__(self, variant, num_classes, norm_fn=layer_norm, width=None):
@@ -450,9 +457,10 @@ class SegFormer(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         stages = []
         patch_embeds = []
+        # Stage i has stride 4, 8, 16, 32: H_i = H / 4, H / 8, H / 16, H / 32.
         for stage in self.stages:
-            x, embedded = stage(x)                                # (B, C_i, H_i, W_i), H_i = H / 4,
-            stages.append(x)                                      # H / 8, H / 16, H / 32
+            x, embedded = stage(x)                                # (B, C_i, H_i, W_i) both
+            stages.append(x)
             patch_embeds.append(embedded)
         return stages, patch_embeds
 
@@ -641,10 +649,12 @@ def fold_dyl(norm, readers):
 
 
 def fold_block(block):
+    """Fold the norms of a block into the maps around them, in place; put FoldedMixFFN in."""
     attn = block.attn
     if isinstance(attn.reduce, Reduce):
         reduce = attn.reduce
         block.norm1 = fold_dyl(block.norm1, [attn.q, reduce.conv])
+        # At most one of these two does something: a DyT folds backwards, a DyL forwards.
         reduce.norm = fold_dyt(reduce.conv, reduce.norm)
         reduce.norm = fold_dyl(reduce.norm, [attn.k, attn.v])
     else:
@@ -664,8 +674,8 @@ def fold_decoder(decoder):
 def attend_in_bf16_on_cpu(q, k, v):
     """`attend` step by step, over as many queries at once as have their scores in the cache.
 
-    PyTorch's fused kernel computes bf16 on a CPU no faster than fp32; this takes half its time. In
-    fp32 the fused one is the faster, and with gradients it keeps no scores.
+    PyTorch's fused kernel computes bf16 on a CPU no faster than fp32; this is faster
+    (docs/SPEED.md). In fp32 the fused one is the faster, and with gradients it keeps no scores.
     """
     B, heads, N, d = q.shape
     M = k.shape[2]
@@ -803,19 +813,19 @@ def load_checkpoint(path, num_classes=None):
     model = segformer(content["variant"], num_classes or file_classes, norm_fn, width)
     if file_classes is None:
         new_part = "decoder."
-        said = ", new decoder"
+        note = ", new decoder"
     elif file_classes != model.num_classes:
         new_part = "decoder.classifier."
-        said = f", new head (the file's has {file_classes} classes)"
+        note = f", new head (the file's has {file_classes} classes)"
     else:
         new_part = None
-        said = ""
-    loaded = load_tensors(model, tensors, new_part, path)
+        note = ""
+    loaded_of_all = load_tensors(model, tensors, new_part, path)
     if checks:
         checks.check_extras(content, model, path)
     set_extras(model, content, file_classes)
     print(f"{path}: SegFormer-{model.variant.upper()}, {model.num_classes} classes, {kind}, "
-          f"{loaded} tensors, {describe_normalisation(model)}{said}")
+          f"{loaded_of_all} tensors, {describe_normalisation(model)}{note}")
     return model.eval()
 
 

@@ -74,7 +74,8 @@ def difference(values, seeds, base_values, base_seeds):
 # ---------------------------------------------------------------- tables
 
 def class_table(columns, classes):
-    """A row a class and the three means; a column a network, and its difference to the first."""
+    """One row per class and the three means; one column per network, and its difference to the
+    first."""
     head = ["IoU, %"]
     for i, column in enumerate(columns):
         head.append(shorten(column.name))
@@ -124,9 +125,10 @@ def write_table(columns, classes, layout="text", grouped=False):
 
 
 def table(names, results, classes):
-    """Text: a row a class and the three means; a column a network, and its difference to the first.
+    """Text: one row per class and the three means; one column per network, and its difference to
+    the first.
 
-    results: what `eval.scores` gives, a network each, in the order of `names`.
+    results: what `eval.scores` gives, one per network, in the order of `names`.
     """
     columns = [Column(name, [result]) for name, result in zip(names, results, strict=True)]
     return write_table(columns, classes)
