@@ -10,6 +10,7 @@ extras/export.py is the command, and says what such a file holds.
 
 import contextlib
 import importlib
+import io
 import json
 import logging
 import os
@@ -82,7 +83,9 @@ def quiet_exporters():
 # ---------------------------------------------------------------- kinds of files
 
 def write_pt2(program, path, facts):
-    torch.export.save(program, path, extra_files={"effiseg.json": json.dumps(facts)})
+    content = io.BytesIO()             # torch's own writer ends the process when a disk gets full
+    torch.export.save(program, content, extra_files={"effiseg.json": json.dumps(facts)})
+    Path(path).write_bytes(content.getbuffer())
 
 
 def open_pt2(path):
@@ -103,7 +106,8 @@ KINDS = {
 
 
 def kind_of(path):
-    """-> the Kind of a file, by its suffix; packages and folder are there. Raises ExportError."""
+    """-> the Kind of a file, by its suffix; packages and folder are there, and what stands at
+    `path` may be replaced. Raises ExportError."""
     suffix = Path(path).suffix.lower()
     if suffix not in KINDS:
         raise ExportError(f"{path}: the file to export must end in .pt2 or .onnx, in .pth for a "
@@ -115,8 +119,13 @@ def kind_of(path):
         except ImportError:
             wanted = " ".join(kind.packages)
             raise ExportError(f"ONNX needs the package {package}: pip install {wanted}") from None
+        except Exception as error:                                # half of it is installed
+            raise ExportError(f"ONNX needs the package {package}, which is there but broken "
+                              f"({error}): pip install it anew") from None
     if not Path(path).parent.is_dir():
         raise ExportError(f"{path}: there is no folder {Path(path).parent}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ExportError(f"{path}: not a regular file, so nothing is written there")
     return kind
 
 
@@ -162,7 +171,9 @@ def export(model, path, logits=False, size=None):
     partial = path.with_name(f"partial-{os.getpid()}{path.suffix.lower()}")
     try:
         with quiet_exporters():
-            kind.write(trace(deployed, size), str(partial), facts_of(model, logits, size))
+            program = trace(deployed, size)
+            with naming_what_cannot_be_written(path):
+                kind.write(program, str(partial), facts_of(model, logits, size))
             agreement = compare(deployed, kind.open(str(partial)), size)
         if not agreement.is_good():
             raise ExportError(f"{path} was not written, its {agreement.output} differ from the "
@@ -171,6 +182,15 @@ def export(model, path, logits=False, size=None):
     finally:
         partial.unlink(missing_ok=True)
     return agreement
+
+
+@contextlib.contextmanager
+def naming_what_cannot_be_written(path):
+    """Turn the error of a full disk into an ExportError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def facts_of(model, logits, size):

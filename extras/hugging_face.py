@@ -61,8 +61,8 @@ def write_folder(model, target):
     if not target.parent.is_dir():
         raise UsageError(f"{target}: there is no folder {target.parent}")
     partial = target.with_name(f"partial-{os.getpid()}-{target.name}")
-    partial.mkdir()
     try:
+        partial.mkdir()
         write_safetensors(their_tensors(model), partial / WEIGHTS)
         write_json(config_of(model), partial / CONFIG)
         write_json(preprocessor_of(model), partial / PREPROCESSOR)
@@ -73,6 +73,8 @@ def write_folder(model, target):
         target.mkdir(exist_ok=True)
         for name in (CONFIG, PREPROCESSOR, WEIGHTS):
             os.replace(partial / name, target / name)
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {"difference": difference, "bytes": (target / WEIGHTS).stat().st_size}

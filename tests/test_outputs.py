@@ -9,8 +9,10 @@ import resource
 import pytest
 from PIL import Image
 
-from conftest import command
+from conftest import ROOT, command
 from extras.cli import UsageError, report, sentence_of
+from extras.exported_model import export
+from extras.hugging_face import write_folder
 from extras.outputs import output_file, output_path, picture_path, save_picture, write_text
 from extras.printable import is_plain_text, printable
 from model import CheckpointError, save_checkpoint, segformer, write_atomically
@@ -147,6 +149,31 @@ def test_no_command_writes_to_a_device(words, device, checkpoint, folder, tmp_pa
     output = command(*args, code=2)
     assert "error: " in output and args[args.index(words[-1].format(device=device))] in output
     assert os.stat(device).st_mode == kind and os.path.exists(named_as_picture)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx", ".pth"])
+def test_exports_do_not_replace_a_pipe(suffix, checkpoint, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    os.mkfifo(path)
+    output = command("-m", "extras.export", checkpoint, path, code=2)
+    assert f"x{suffix}: not a regular file" in output and path.is_fifo()
+
+
+@pytest.mark.parametrize("name", ["x.pt2", "x.onnx", "folder"])
+def test_exports_to_a_full_disk_are_a_sentence(name, little_room, tmp_path):
+    """`little_room` is a disk that is full, without one."""
+    target = tmp_path / name
+    write = write_folder if name == "folder" else export
+    with pytest.raises(UsageError, match=f"cannot write .*{name}: "):
+        write(segformer("b0", 2), target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_an_installation_of_onnx_is_a_sentence(checkpoint, tmp_path):
+    (tmp_path / "onnx.py").write_text("raise AttributeError('no protobuf')")
+    output = command("-m", "extras.export", checkpoint, tmp_path / "x.onnx", code=2,
+                     cwd=ROOT, env={"PYTHONPATH": str(tmp_path)})
+    assert "the package onnx, which is there but broken (no protobuf)" in output
 
 
 def test_pictures_of_eval_are_not_written_through_links(checkpoint, folder, tmp_path):
