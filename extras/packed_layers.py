@@ -93,6 +93,7 @@ def pack_groups(matrix):
 
 def unpack_groups(codes, scale, minimum, columns):
     """What `pack_groups` made -> float32 (rows, columns)."""
+    codes = codes.int()                                           # what ONNX has shifts for
     low = codes & 15
     high = codes >> 4
     both = torch.stack([low, high], 2).flatten(1)                 # (rows, G * 32)
