@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from extras.checkpoint_checks import check_extras, check_own
 from model import (
     MAX_WIDTH,
     NORMS,
     CheckpointError,
-    check_own,
     describe_normalisation,
     layer_norms,
     load_tensors,
@@ -319,7 +319,8 @@ def load_packed(content, num_classes, path):
                       content["width"])
     make_room(model, content["layer_bits"], path)
     loaded = load_tensors(model, content["model"], None, path)
-    set_extras(model, content, model.num_classes, path)
+    check_extras(content, model, path)
+    set_extras(model, content, model.num_classes)
     set_activation_bits(model, content["activation_bits"])
     model.folded = True                                           # for inference only
     bits, weights = count_bits(model)
