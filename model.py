@@ -807,7 +807,7 @@ def load_checkpoint(path, num_classes=None):
         said = ""
     loaded = load_tensors(model, tensors, new_part, path)
     if checks:
-        checks.check_extras(content, model, path)
+        checks.check_extras(content, model, file_classes, path)
     set_extras(model, content, file_classes)
     print(f"{path}: SegFormer-{model.variant.upper()}, {model.num_classes} classes, {kind}, "
           f"{loaded} tensors, {describe_normalisation(model)}{said}")

@@ -319,7 +319,7 @@ def load_packed(content, num_classes, path):
                       content["width"])
     make_room(model, content["layer_bits"], path)
     loaded = load_tensors(model, content["model"], None, path)
-    check_extras(content, model, path)
+    check_extras(content, model, model.num_classes, path)
     set_extras(model, content, model.num_classes)
     set_activation_bits(model, content["activation_bits"])
     model.folded = True                                           # for inference only

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from data import SPLITS, open_dataset
-from eval import evaluate, network_logits, percent, scores, spread_indices
+from eval import evaluate, network_logits, percent, scores
 from extras.cli import (
     UsageError,
     add_fold_flags,
@@ -40,6 +40,7 @@ from extras.cli import (
     run_command,
     show_progress,
 )
+from extras.comparison import spread_indices
 from extras.packed_layers import FORMAT, count_bits, pack, packable_layers, save_packed
 from extras.provenance import check_classes, warn_of_leak
 from model import load_checkpoint, read_checkpoint, save_checkpoint
