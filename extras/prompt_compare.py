@@ -263,7 +263,7 @@ def main(argv):
     if teacher is not None:
         rows.insert(1, teacher_row(teacher, teacher_bytes, dataset, questions))
     print(f"\n{dataset.name} {args.split}, {len(dataset)} frames, {len(questions.prompts)} "
-          f"prompts, {device}, {torch.get_num_threads()} threads; MB are bytes of the file / 10^6, ms are "
+          f"prompts, {device}, {torch.get_num_threads()} threads; MB: file bytes / 10^6; ms: "
           f"for one image with all prompts, on a machine that may have had other work")
     print(table(rows))
     for row in rows:

@@ -205,6 +205,22 @@ def write_teacher_file(path, prompts, mask, presence):
                         presence=np.float16(presence))
 
 
+def write_instances_file(path, prompts, presence, found):
+    """Instances of one frame. found: for each prompt (masks bool (N, h, w), scores (N,))."""
+    masks = np.concatenate([np.asarray(masks, bool) for masks, _ in found])
+    scores = np.concatenate([np.asarray(scores, np.float32) for _, scores in found])
+    counts = [len(scores) for _, scores in found]
+    np.savez_compressed(
+        path,
+        prompts=np.array(prompts),
+        presence=np.asarray(presence, np.float32),
+        instances=np.packbits(masks, axis=2),
+        width=np.array(masks.shape[2]),
+        scores=scores,
+        of_prompt=np.repeat(np.arange(len(prompts)), counts),
+    )
+
+
 # ---------------------------------------------------------------- as training samples
 
 class StoredTargets(NamedTuple):
