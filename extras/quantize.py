@@ -21,6 +21,7 @@ a time, and prints how far that alone moves the logits: what is sensitive can be
 
 import argparse
 import copy
+import json
 import os
 import statistics
 import tempfile
@@ -78,15 +79,24 @@ def bytes_of_checkpoint(model, half):
         return os.path.getsize(path)
 
 
-def describe_size(model, small, path):
-    """How large the packed file is, beside those in fp32 and fp16."""
-    whole = bytes_of_checkpoint(model, half=False)
-    half = bytes_of_checkpoint(model, half=True)
-    size = os.path.getsize(path)
+def measure_size(model, small, path):
+    """-> {"fp32", "fp16", "bytes": of the files on the disk; "bits": a packed weight; "weights"}"""
     bits, weights = count_bits(small)
-    return (f"{path}: {size / 1e6:.2f} MB on the disk; in fp32 it is {whole / 1e6:.2f}, in fp16 "
-            f"{half / 1e6:.2f} MB: {half / size:.2f} times smaller than that; "
-            f"{bits / weights:.2f} bits for each of {weights:,} packed weights")
+    return {
+        "fp32": bytes_of_checkpoint(model, half=False),
+        "fp16": bytes_of_checkpoint(model, half=True),
+        "bytes": os.path.getsize(path),
+        "bits": bits / max(weights, 1),
+        "weights": weights,
+    }
+
+
+def describe_size(sizes, path):
+    """How large the packed file is, beside those in fp32 and fp16."""
+    return (f"{path}: {sizes['bytes'] / 1e6:.2f} MB on the disk; in fp32 it is "
+            f"{sizes['fp32'] / 1e6:.2f}, in fp16 {sizes['fp16'] / 1e6:.2f} MB: "
+            f"{sizes['fp16'] / sizes['bytes']:.2f} times smaller than that; "
+            f"{sizes['bits']:.2f} bits for each of {sizes['weights']:,} packed weights")
 
 
 def describe_layers(model, layer_bits, keep):
@@ -128,15 +138,21 @@ def describe_drop(before, after):
 
 
 def report_cost(model, small, dataset, device):
-    """--data: print the scores before and after, and the times."""
+    """--data: print the scores before and after, and the times. -> them, by name"""
     fast = model.fold().to(device)
     small = small.to(device)
     before = score(fast, dataset, "before")
     after = score(small, dataset, "after")
     print(f"{dataset.name}, {len(dataset)} frames: {describe_drop(before, after)}")
-    print(f"{milliseconds(fast, dataset):.0f} ms a frame before (folded), "
-          f"{milliseconds(small, dataset):.0f} after; medians of {TIMED_FRAMES} on {device}, "
-          f"{torch.get_num_threads()} threads, batch 1: for an idea, whatever else ran beside it")
+    ms_before = milliseconds(fast, dataset)
+    ms_after = milliseconds(small, dataset)
+    threads = torch.get_num_threads()
+    print(f"{ms_before:.0f} ms a frame before (folded), {ms_after:.0f} after; medians of "
+          f"{TIMED_FRAMES} on {device}, {threads} threads, batch 1: for an idea, whatever else "
+          f"ran beside it")
+    return {"data": dataset.name, "frames": len(dataset), "miou_before": before,
+            "miou_after": after, "ms_before": ms_before, "ms_after": ms_after,
+            "device": str(device), "threads": threads}
 
 
 # ---------------------------------------------------------------- which layers matter
@@ -232,6 +248,7 @@ def build_parser():
     parser.add_argument("--split", default="val", choices=SPLITS,
                         help="which frames of --data (default: val)")
     add_fold_flags(parser)
+    parser.add_argument("--json", metavar="FILE", help="write sizes and scores for machines")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     return parser
 
@@ -262,16 +279,21 @@ def main():
         check_classes(model, args.checkpoint, dataset)
         warn_of_leak(model, args.checkpoint, args)
 
+    report = {"variant": model.variant, "mode": mode.name}
     if args.layers:
-        print_sensitivities(sensitivities(model.to(device), mode, dataset), mode)
+        report["layers"] = sensitivities(model.to(device), mode, dataset)
+        print_sensitivities(report["layers"], mode)
     if args.out:
         small, layer_bits = packed_copy(model.cpu(), mode, args.keep)
         save_packed(small, layer_bits, args.out, mode.activation_bits)
-        print(describe_size(model, small, args.out))
+        report["sizes"] = measure_size(model, small, args.out)
+        print(describe_size(report["sizes"], args.out))
         print(describe_layers(model, layer_bits, args.keep))
         if dataset is not None:
             small = load_checkpoint(args.out)                     # what is scored is the file
-            report_cost(model, small, dataset, device)
+            report["cost"] = report_cost(model, small, dataset, device)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Weights in 8 and 4 bits: how exact, how small, and that the file is opened as any other."""
 
 import copy
+import json
 import math
 import os
 
@@ -181,7 +182,11 @@ def test_a_packed_file_is_for_inference(checkpoint, tmp_path):
 def test_scores_before_and_after_and_what_is_sensitive(checkpoint, folder, tmp_path):
     out = tmp_path / "small.pth"
     output = quantize_command(checkpoint, "--bits", 4, "--out", out, "--data", folder, "--layers",
-                              "--keep", "stages.0", "decoder.classifier")
+                              "--keep", "stages.0", "decoder.classifier",
+                              "--json", tmp_path / "small.json")
+    report = json.loads((tmp_path / "small.json").read_text())
+    assert report["sizes"]["bytes"] == os.path.getsize(out) and report["mode"] == "4"
+    assert 0 <= report["cost"]["miou_after"] <= 1 and len(report["layers"]) > 20
     assert "points" in output and "% of it" in output and "ms a frame before" in output
     assert "stages.1.mlp.dwconv" in output and "decoder.fuse" in output
     assert "left as they are (--keep stages.0 decoder.classifier)" in output

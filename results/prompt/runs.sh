@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Every run behind the tables of docs/PROMPTS.md, in the order of what is looked at first. A run that is there is left.
 #     results/prompt/runs.sh [RUNS]        RUNS: where the runs' folders go (default: runs/prompt)
-# Toy scenes at 64x128, 300 steps of 4 images, one thread: short schedules, to compare and not to boast of.
+# Toy scenes at 64x128, 200 steps of 4 images (the teacher 300), one thread: short schedules, to compare and not to
+# boast of.
 cd "$(dirname "$0")/../.." || exit 1
 RUNS=${1:-runs/prompt}
-STEPS=300
-HALF=150
+STEPS=200
+HALF=100
+CAMVID=${CAMVID:-../../shared/camvid}           # SegNet's layout
+B0=${B0:-/nowhere}                             # a B0 trained on CamVid, for the last part
 mkdir -p "$RUNS"
 export OMP_NUM_THREADS=1
 
@@ -15,7 +18,7 @@ run() {                                       # run NAME FLAGS...: a prompt stud
     [ -e "$RUNS/$name/done" ] && return
     echo "$(date +%H:%M:%S) $name"
     rm -rf "${RUNS:?}/$name"
-    python -m extras.prompt train --data toy --size 64 128 --crop 64 128 --workers 0 --eval-every 150 \
+    python -m extras.prompt train --data toy --size 64 128 --crop 64 128 --workers 0 --eval-every 100 \
         --iters $STEPS --lr 2.4e-3 --out "$RUNS/$name" "$@" > "$RUNS/$name.txt" 2>&1 && touch "$RUNS/$name/done"
 }
 
@@ -29,13 +32,27 @@ closed() {                                    # closed NAME FLAGS...: the ordina
     local name=$1
     shift
     [ -e "results/prompt/$name.json" ] && return
-    python train.py --data toy --size 64 128 --crop 64 128 --workers 0 --eval-every 150 --iters $STEPS \
+    python train.py --data toy --size 64 128 --crop 64 128 --workers 0 --eval-every 100 --iters $STEPS \
         --lr 4.8e-3 --out "$RUNS/$name" "$@" > "$RUNS/$name.txt" 2>&1
     python eval.py "$RUNS/$name/last.pth" --json "results/prompt/$name.json" > /dev/null 2>&1
 }
 
-run teacher --student b2 --tokenizer bytes --lr 1.2e-3
+run teacher --student b2 --tokenizer bytes --lr 1.2e-3 --iters 300
 T="--teacher $RUNS/teacher/last.pth"
+
+fewer_bits() {                                # fewer_bits NAME: the whole table of one checkpoint
+    [ -e "results/prompt/bits-$1.json" ] && return
+    python -m extras.prompt compare "$RUNS/$1/last.pth" --modes fp32 fp16 int8 int4 int8+int4 \
+        --json "results/prompt/bits-$1.json" > "results/prompt/bits-$1.txt" 2>&1
+}
+
+quantize() {                                  # quantize BITS FLAGS...: the CamVid B0
+    local bits=$1
+    shift
+    [ -e "results/prompt/camvid-b0-$bits.json" ] && return
+    python -m extras.quantize "$B0" --bits "$bits" --out "$RUNS/camvid-b0-$bits.pth" --data "camvid:$CAMVID" \
+        --json "results/prompt/camvid-b0-$bits.json" "$@" > "results/prompt/camvid-b0-$bits.txt" 2>&1
+}
 
 for seed in 0 1; do
     run supervised-$seed --seed $seed
@@ -55,7 +72,14 @@ for seed in 0 1; do
         score no-empty-0
         run many-empty-0 --empty 0.2
         score many-empty-0
-        # 150 steps after the tokenizer changed: the text encoder new and the rest kept, or all of it new
+        fewer_bits supervised-0
+        fewer_bits teacher
+        if [ -e "$B0" ]; then
+            quantize 8
+            quantize 4 --layers
+            quantize 4+8
+        fi
+        # 100 steps after the tokenizer changed: the text encoder new and the rest kept, or all of it new
         run swap-init-0 --iters $HALF --tokenizer bytes --init "$RUNS/supervised-0/last.pth" --reset-text
         score swap-init-0
         run swap-scratch-0 --iters $HALF --tokenizer bytes
