@@ -14,7 +14,7 @@
 Each command has --help. docs/PROMPTS.md tells the idea, the figures and what this is not.
 
     extras/prompt_words.py          tokenizers, and what a word means in a data set
-    extras/prompt_model.py          the network and its checkpoint
+    extras/prompt_model.py          the network; prompt_text: its words; prompt_checkpoint: its file
     extras/prompt_losses.py         what it learns from
     extras/prompt_training.py       the loop of train.py, with this objective (flags: prompt_flags)
     extras/prompt_metrics.py        what is counted; prompt_scores asks a network

@@ -35,8 +35,8 @@ from extras.cli import (
     pick_device,
     show_progress,
 )
+from extras.prompt_checkpoint import load_prompt, packed_prompt, save_packed_prompt, save_prompt
 from extras.prompt_metrics import ask
-from extras.prompt_model import load_prompt, packed_prompt, save_packed_prompt, save_prompt
 from extras.prompt_scores import score
 from extras.provenance import check_classes, choose_data, warn_of_leak
 from extras.quantize import MODES

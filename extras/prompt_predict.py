@@ -31,13 +31,8 @@ from extras.export import export as export_file
 from extras.packed_layers import count_bits
 from extras.pictures import grid
 from extras.predict import find_photos, read_photo
-from extras.prompt_model import (
-    fixed_prompts,
-    load_prompt,
-    packed_prompt,
-    plain_segformer,
-    save_packed_prompt,
-)
+from extras.prompt_checkpoint import load_prompt, packed_prompt, save_packed_prompt
+from extras.prompt_model import fixed_prompts, plain_segformer
 from extras.prompt_pictures import paint
 from extras.prompt_scores import probabilities
 from extras.prompt_teacher_files import write_teacher_file

@@ -12,6 +12,7 @@ from torch import nn
 
 from data import Augment, Stream
 from extras.cli import UsageError
+from extras.prompt_checkpoint import load_prompt, save_prompt
 from extras.prompt_data import PromptStream
 from extras.prompt_flags import PROMPT_FLAGS
 from extras.prompt_losses import (
@@ -23,17 +24,9 @@ from extras.prompt_losses import (
     targets_of_teacher,
     word_alignment,
 )
-from extras.prompt_model import (
-    PresenceHead,
-    PromptSegmenter,
-    TextEncoder,
-    VectorTable,
-    load_prompt,
-    norm_name,
-    read_vectors,
-    save_prompt,
-)
+from extras.prompt_model import PresenceHead, PromptSegmenter
 from extras.prompt_teacher_files import StoredTargets, WholeFrame, WithTeacher
+from extras.prompt_text import TextEncoder, VectorTable, read_vectors
 from extras.prompt_words import TOKENIZERS, choose_prompts, members
 from extras.provenance import check_classes, warn_of_leak
 from model import NORMS, load_checkpoint, read_checkpoint
@@ -176,7 +169,8 @@ def check_network(args, network):
         raise UsageError(f"{args.init} is a SegFormer-{network.variant.upper()}: "
                          f"it cannot start a --student {args.student}")
     if network.norm_fn is not NORMS[args.norm]:
-        raise UsageError(f"{args.init} has the norms {norm_name(network.norm_fn)!r}: "
+        names = [name for name, norm_fn in NORMS.items() if norm_fn is network.norm_fn]
+        raise UsageError(f"{args.init} has the norms {names[0]!r}: "
                          f"its weights mean nothing to a student with --norm {args.norm}")
 
 

@@ -13,9 +13,10 @@ from conftest import command
 from data import open_dataset
 from extras import prompt_compare, prompt_predict, prompt_scores, prompt_tables
 from extras.cli import UsageError
+from extras.prompt_checkpoint import load_prompt, save_prompt
 from extras.prompt_compare import Row, details, gate, table
 from extras.prompt_metrics import ask
-from extras.prompt_model import PromptSegmenter, load_prompt, save_prompt
+from extras.prompt_model import PromptSegmenter
 from extras.prompt_words import choose_prompts
 from model import SIZES, load_checkpoint
 

@@ -7,17 +7,9 @@ import torch.nn.functional as F
 
 from extras.cli import UsageError
 from extras.packed_layers import PackedLayer
-from extras.prompt_model import (
-    PromptSegmenter,
-    VectorTable,
-    fixed_prompts,
-    load_prompt,
-    packed_prompt,
-    plain_segformer,
-    read_vectors,
-    save_packed_prompt,
-    save_prompt,
-)
+from extras.prompt_checkpoint import load_prompt, packed_prompt, save_packed_prompt, save_prompt
+from extras.prompt_model import PromptSegmenter, fixed_prompts, plain_segformer
+from extras.prompt_text import VectorTable, read_vectors
 from extras.prompt_words import (
     ABSENT,
     GENERIC,

@@ -11,7 +11,8 @@ from conftest import command
 from data import DatasetError, open_dataset
 from extras import prompt_training
 from extras.cli import UsageError
-from extras.prompt_model import PromptSegmenter, load_prompt, save_prompt
+from extras.prompt_checkpoint import load_prompt, save_prompt
+from extras.prompt_model import PromptSegmenter
 from extras.prompt_predict import ask_whole_frame
 from extras.prompt_sam3 import ask_sam3
 from extras.prompt_teacher_files import (
