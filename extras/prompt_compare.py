@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from data import SPLITS, open_dataset
-from eval import no_nan
+from eval import format_row, no_nan
 from extras.cli import (
     NotFinite,
     UsageError,
@@ -109,20 +109,25 @@ def number_or_dash(value, form):
     return "-" if value is None or math.isnan(value) else form.format(value)
 
 
+COLUMNS = {"mode": 10, "MB": 8, "compress": 10, "mIoU": 8, "ungated": 9, "drop": 8, "rel.": 8,
+           "F1": 8, "sens.": 8, "ms": 8}                          # and their widths
+
+
 def table(rows):
     """The reports' table: size, compression to the first row, mIoU, drop, F1, sensitivity, time."""
-    first = rows[0]
-    head = (f"{'mode':10}{'MB':>8}{'compress':>10}{'mIoU':>8}{'ungated':>9}{'drop':>8}{'rel.':>8}"
-            f"{'F1':>8}{'sens.':>8}{'ms':>8}")
+    widths = list(COLUMNS.values())
+    head = format_row(list(COLUMNS), widths)
     lines = [head, "-" * len(head)]
     for row in rows:
-        lines.append(table_row(row, first))
+        if row.reason:
+            lines.append(f"{row.name:10}failed: {row.reason}")
+        else:
+            lines.append(format_row(cells_of(row, rows[0]), widths))
     return "\n".join(lines)
 
 
-def table_row(row, first):
-    if row.reason:
-        return f"{row.name:10}failed: {row.reason}"
+def cells_of(row, first):
+    """-> the texts of a row; drop and compression are against the first one."""
     scores = row.scores
     drop = math.nan
     share = math.nan
@@ -134,19 +139,18 @@ def table_row(row, first):
             share = drop / before
     if first.size and row.size:
         compression = first.size / row.size
-    cells = [
-        f"{row.name:10}",
-        number_or_dash(row.size / 1e6, "{:.2f}").rjust(8),
-        number_or_dash(compression, "{:.2f}x").rjust(10),
-        number_or_dash(scores["miou"], "{:.4f}").rjust(8),
-        number_or_dash(scores["miou_ungated"], "{:.4f}").rjust(9),
-        number_or_dash(drop, "{:+.4f}").rjust(8),
-        number_or_dash(share, "{:+.1%}").rjust(8),
-        number_or_dash(scores["f1"], "{:.4f}").rjust(8),
-        number_or_dash(scores["sensitivity"], "{:.4f}").rjust(8),
-        number_or_dash(scores["ms"], "{:.0f}").rjust(8),
+    return [
+        row.name,
+        number_or_dash(row.size / 1e6, "{:.2f}"),
+        number_or_dash(compression, "{:.2f}x"),
+        number_or_dash(scores["miou"], "{:.4f}"),
+        number_or_dash(scores["miou_ungated"], "{:.4f}"),
+        number_or_dash(drop, "{:+.4f}"),
+        number_or_dash(share, "{:+.1%}"),
+        number_or_dash(scores["f1"], "{:.4f}"),
+        number_or_dash(scores["sensitivity"], "{:.4f}"),
+        number_or_dash(scores["ms"], "{:.0f}"),
     ]
-    return "".join(cells)
 
 
 def details(row):

@@ -69,7 +69,8 @@ def ask(class_names):
     nouns_asked = nouns(class_names, 17)
     absent = absent_words(class_names, ABSENT_ASKED, ABSENT)
     never = absent_words(class_names, NEVER_ASKED, NEVER_TRAINED)
-    prompts = list(dict.fromkeys([*nouns_asked, *absent, *SENSITIVITY_PROMPTS, *never]))
+    wanted = [*nouns_asked, *absent, *SENSITIVITY_PROMPTS, *never]
+    prompts = list(dict.fromkeys(wanted))                         # each once, in this order
     place = {prompt: k for k, prompt in enumerate(prompts)}
 
     synonyms = []

@@ -242,7 +242,8 @@ def layers():
     if report is None or "layers" not in report:
         return missing(["the layers"])
     lines = []
-    for change, weights, kind in report["layers"][:SENSITIVE_SHOWN]:
+    most_sensitive = report["layers"][:SENSITIVE_SHOWN]
+    for change, weights, kind in most_sensitive:
         lines.append([f"`{kind}`", f"{weights:,}", f"{100 * change:.2f}"])
     return markdown(["layers", "weights", "change of the logits, %"], lines)
 

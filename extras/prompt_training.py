@@ -29,6 +29,7 @@ from extras.prompt_teacher_files import StoredTargets, WholeFrame, WithTeacher
 from extras.prompt_text import TextEncoder, VectorTable, read_vectors
 from extras.prompt_words import TOKENIZERS, choose_prompts, members
 from extras.provenance import check_classes, warn_of_leak
+from extras.starting_weights import check_variant, with_norms
 from model import NORMS, load_checkpoint, read_checkpoint
 from train import Task, note_training
 
@@ -128,9 +129,7 @@ def make_student(args, classes, resumed):
     student = PromptSegmenter(args.student, args.dim, tokenizer, prompts, classes,
                               NORMS[args.norm])
     if args.init:
-        network = load_checkpoint(args.init, args.dim)
-        check_network(args, network)
-        student.segformer = network
+        student.segformer = fit_network(args, load_checkpoint(args.init, args.dim))
     return student
 
 
@@ -141,7 +140,7 @@ def student_of_file(args, classes, prompts):
     if student.segformer.folded:
         raise UsageError(f"{args.init} has its weights in 8 or 4 bits, which is for inference: "
                          f"start from the checkpoint that it was made of")
-    check_network(args, student.segformer)
+    student.segformer = fit_network(args, student.segformer)
     if student.dim != args.dim:
         raise UsageError(f"{args.init} compares vectors of length {student.dim}: "
                          f"it cannot start a student with --dim {args.dim}")
@@ -163,15 +162,10 @@ def new_text(args, dim):
     return TextEncoder(TOKENIZERS[args.tokenizer], dim)
 
 
-def check_network(args, network):
-    """Is the SegFormer of --init what --student and --norm say? Raises UsageError."""
-    if network.variant != args.student:
-        raise UsageError(f"{args.init} is a SegFormer-{network.variant.upper()}: "
-                         f"it cannot start a --student {args.student}")
-    if network.norm_fn is not NORMS[args.norm]:
-        names = [name for name, norm_fn in NORMS.items() if norm_fn is network.norm_fn]
-        raise UsageError(f"{args.init} has the norms {names[0]!r}: "
-                         f"its weights mean nothing to a student with --norm {args.norm}")
+def fit_network(args, network):
+    """-> the SegFormer of --init with --norm's norms. Raises UsageError for another variant."""
+    check_variant(network, args.init, args.student)
+    return with_norms(network, NORMS[args.norm], args.init)
 
 
 def open_teacher(args, student, train_set):
