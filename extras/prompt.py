@@ -20,7 +20,7 @@ Each command has --help. docs/PROMPTS.md tells the idea, the figures and what th
     extras/prompt_metrics.py        what is counted; prompt_scores asks a network
     extras/prompt_compare.py        the table, the gate, the pictures
     extras/prompt_predict.py        photos; files for other runtimes
-    extras/prompt_teacher_files.py  a teacher that is not here
+    extras/prompt_teacher_files.py  a teacher that is not here; prompt_sam3: SAM 3's answers
 """
 
 import sys

@@ -11,6 +11,7 @@ the class of each pixel among the prompts; .pth is a plain SegFormer of them, of
 """
 
 import argparse
+import collections
 import os
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ from extras.cli import (
 from extras.export import export as export_file
 from extras.packed_layers import count_bits
 from extras.pictures import grid
-from extras.predict import find_photos, read_photo
+from extras.predict import check_out, find_photos, read_photo
 from extras.prompt_checkpoint import load_prompt, packed_prompt, save_packed_prompt
 from extras.prompt_model import fixed_prompts, plain_segformer
 from extras.prompt_pictures import paint
@@ -87,6 +88,8 @@ def predict(argv):
         model.input_size = tuple(args.size)
     prompts = split_prompts(args.prompts, model)
     photos = find_photos(args.inputs)
+    check_written(photos, prompts)
+    check_out(args.out, args.inputs, photos)
     out = make_folder(args.out)
     with torch.no_grad():
         words = model.read(prompts)                               # once for all photos
@@ -103,23 +106,40 @@ def predict(argv):
     return 2 if problems else 0
 
 
+def mask_name(photo, prompt):
+    """The file of a photo's mask, below --out."""
+    words = plain(prompt).replace(" ", "_").replace("/", "_")
+    return f"{photo.name}_{words}.png"
+
+
+def check_written(photos, prompts):
+    """Refuse photos or prompts whose results would overwrite each other. Raises UsageError."""
+    written = collections.Counter()
+    for photo in photos:
+        written.update([f"{photo.name}.png"])
+        written.update(mask_name(photo, prompt) for prompt in prompts)
+    doubles = [name for name, count in written.items() if count > 1]
+    if doubles:
+        raise UsageError(f"two results would both be written to {doubles[0]}: "
+                         f"give the photos different names")
+
+
 def predict_photo(model, photo, prompts, words, out):
     """Write a photo's masks and its picture, and say what is there."""
     image = read_photo(photo.path)                                # (H, W, 3)
     pixels = torch.from_numpy(image).permute(2, 0, 1)             # (3, H, W)
     mask, presence = probabilities(model, pixels, words, image.shape[:2])
     cells = [image]
-    folder = make_folder((out / photo.name).parent)
+    make_folder((out / photo.name).parent)
     for k, prompt in enumerate(prompts):
         found = (mask[k] > 0.5) & (presence[k] > 0.5)             # (H, W)
-        name = plain(prompt).replace(" ", "_").replace("/", "_")
-        Image.fromarray(255 * found.numpy().astype(np.uint8)).save(
-            folder / f"{photo.name.name}_{name}.png")
+        white = 255 * found.numpy().astype(np.uint8)
+        Image.fromarray(white).save(out / mask_name(photo, prompt))
         cells.append(paint(image, found))
         share = found.float().mean().item()
         there = f"{share:.1%} of the pixels" if presence[k] > 0.5 else "not there"
         print(f"{photo.path}: {prompt}: {there} (presence {presence[k]:.2f})")
-    grid([cells], ["photo", *prompts]).save(folder / f"{photo.name.name}.png")
+    grid([cells], ["photo", *prompts]).save(out / f"{photo.name}.png")
 
 
 # ---------------------------------------------------------------- files

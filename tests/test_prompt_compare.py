@@ -165,6 +165,17 @@ def test_predict_writes_a_mask_for_each_prompt(student, photo, tmp_path):
     assert mask.shape == (50, 70) and set(np.unique(mask)) <= {0, 255}
 
 
+def test_results_that_would_overwrite_each_other_are_refused(student, photo, tmp_path):
+    other = tmp_path / "photo_class_1.jpg"
+    other.write_bytes(photo.read_bytes())
+    output = prompt_command("predict", student, photo, other, "--prompts", "class 1", "--out",
+                            tmp_path / "out", code=2)
+    assert "both be written to photo_class_1.png" in output
+    output = prompt_command("predict", student, photo, "--prompts", "class 1", "--out", tmp_path,
+                            code=2)
+    assert "is where the photos are" in output
+
+
 @pytest.mark.parametrize("prompts, sentence", [
     ("car, , tree", "an empty prompt asks for nothing"),
     ("", "an empty prompt asks for nothing"),
