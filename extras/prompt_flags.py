@@ -43,19 +43,22 @@ DATASET_DEFAULTS = {
 }
 
 
+# What the loop reads of train.py's flags and cannot be chosen here.
+FIXED = {"accum": 1, "compile": False, "fit_log": False, "labelled": None}
+
+
 class PromptFlags(TrainFlags):
     prog = "python -m extras.prompt train"
     description = "Train a segmenter that is told what to segment, with or without a teacher."
 
     def parse(self, argv):
         args, given = super().parse(argv)
-        args.accum = 1                                            # what the loop reads of others
-        args.compile = False
-        args.fit_log = False
-        args.labelled = None
         if args.teacher_files and "augment" not in given:
             args.augment = "plain"
         return args, given
+
+    def all_flags(self):
+        return super().all_flags() | FIXED
 
     def add_own_flags(self, add, add_switch):
         add("--phase", "1: the teacher's features, without labels; 2: its masks and presence, or "

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every run behind the tables of docs/PROMPTS.md, in the order of what is looked at first. A run that is there is left.
+# Every run behind the tables of docs/PROMPTS.md, in the order of what is looked at first. A run that is there is left,
+# one that was stopped goes on.
 #     results/prompt/runs.sh [RUNS]        RUNS: where the runs' folders go (default: runs/prompt)
 # Toy scenes at 64x128, 200 steps of 4 images (the teacher 300), one thread: short schedules, to compare and not to
 # boast of.
@@ -17,9 +18,9 @@ run() {                                       # run NAME FLAGS...: a prompt stud
     shift
     [ -e "$RUNS/$name/done" ] && return
     echo "$(date +%H:%M:%S) $name"
-    rm -rf "${RUNS:?}/$name"
-    python -m extras.prompt train --data toy --size 64 128 --crop 64 128 --workers 0 --eval-every 100 \
-        --iters $STEPS --lr 2.4e-3 --out "$RUNS/$name" "$@" > "$RUNS/$name.txt" 2>&1 && touch "$RUNS/$name/done"
+    local flags=(--data toy --size 64 128 --crop 64 128 --workers 0 --eval-every 100 --iters $STEPS --lr 2.4e-3 "$@")
+    [ -e "$RUNS/$name/last.pth" ] && flags=(--resume)       # begun before: it goes on
+    python -m extras.prompt train "${flags[@]}" --out "$RUNS/$name" >> "$RUNS/$name.txt" 2>&1 && touch "$RUNS/$name/done"
 }
 
 score() {                                     # score NAME: its metrics on val, beside the teacher's
