@@ -79,6 +79,12 @@ def teacher_scores():
     return scores_of("supervised", "teacher")[:1]
 
 
+def first_400():
+    """The student of the table of bits, in fp32."""
+    content = read("bits-first-400-0")
+    return [content["rows"]["fp32"]] if content else []
+
+
 def closed_set():
     found = []
     for seed in SEEDS:
@@ -97,6 +103,7 @@ def students():
         "B0, supervised": scores_of("supervised"),
         "B0, phase 2 only": scores_of("phase-2"),
         "B0, phase 1, then 2": scores_of("phase-1-2"),
+        "B0, supervised, 400 steps, lr 1.2e-3": first_400(),
     }
     columns = [
         lambda found: str(len(found)),
@@ -171,12 +178,13 @@ class Packed:
     miou: float
     before: float                                                 # mIoU in fp32
     ungated: float | None
-    ms: float
+    ms: float | None
 
     def cells(self):
         drop = 100 * (self.before - self.miou)
         share = 100 * (self.before - self.miou) / self.before
         ungated = "-" if self.ungated is None else f"{100 * self.ungated:.2f}"
+        ms = "-" if self.ms is None else f"{self.ms:.0f}"
         return [
             self.title,
             self.mode,
@@ -186,7 +194,7 @@ class Packed:
             f"{drop:+.2f}",
             f"{share:+.2f} %",
             ungated,
-            f"{self.ms:.0f}",
+            ms,
         ]
 
 
@@ -223,6 +231,10 @@ def camvid_rows():
             whole = Packed(title, "fp32", sizes["fp32"], fp16, before, before, None,
                            cost["ms_before"])
             lines.append(whole.cells())
+            half = read("camvid-b0-fp16")
+            if half:
+                miou = half["checkpoints"][0]["miou"]
+                lines.append(Packed(title, "fp16", fp16, fp16, miou, before, None, None).cells())
         packed = Packed(title, f"int{mode}", sizes["bytes"], fp16, cost["miou_after"], before, None,
                         cost["ms_after"])
         lines.append(packed.cells())
@@ -232,7 +244,7 @@ def camvid_rows():
 def bits():
     head = ["network", "weights", "MB", "times smaller than fp16", "mIoU", "drop", "relative",
             "ungated", "ms"]
-    lines = [*camvid_rows(), *bits_rows("supervised-0", "prompt student B0, toy val"),
+    lines = [*camvid_rows(), *bits_rows("first-400-0", "prompt student B0, toy val"),
              *bits_rows("teacher", "prompt teacher B2, toy val")]
     return markdown(head, lines)
 
