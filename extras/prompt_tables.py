@@ -69,6 +69,8 @@ def make_table(head, rows, columns):
             absent.append(title)
             continue
         lines.append([title, *[column(found) for column in columns]])
+    if not lines:
+        return missing(absent).strip()
     return markdown(head, lines) + missing(absent)
 
 
@@ -177,14 +179,15 @@ class Packed:
     fp16: int                                                     # bytes of its fp16 file
     miou: float
     before: float                                                 # mIoU in fp32
-    ungated: float | None
-    ms: float | None
+    ungated: float | None = None
+    ms: float | None = None
+    ms_before: float | None = None                                # fp32's in the same run
 
     def cells(self):
         drop = 100 * (self.before - self.miou)
         share = 100 * (self.before - self.miou) / self.before
         ungated = "-" if self.ungated is None else f"{100 * self.ungated:.2f}"
-        ms = "-" if self.ms is None else f"{self.ms:.0f}"
+        ms = "-" if self.ms is None else f"{self.ms:.0f} ({self.ms_before:.0f})"
         return [
             self.title,
             self.mode,
@@ -210,7 +213,8 @@ def bits_rows(name, title):
             lines.append([title, mode, f"failed: {row['reason']}", *["-"] * 6])
             continue
         packed = Packed(title, mode, row["bytes"], rows["fp16"]["bytes"], row["miou"],
-                        rows["fp32"]["miou"], row["miou_ungated"], row["ms"])
+                        rows["fp32"]["miou"], row["miou_ungated"], row["ms"],
+                        rows["fp32"]["ms"])
         lines.append(packed.cells())
     return lines
 
@@ -228,22 +232,20 @@ def camvid_rows():
         before = cost["miou_before"]
         fp16 = sizes["fp16"]
         if not lines:
-            whole = Packed(title, "fp32", sizes["fp32"], fp16, before, before, None,
-                           cost["ms_before"])
-            lines.append(whole.cells())
+            lines.append(Packed(title, "fp32", sizes["fp32"], fp16, before, before).cells())
             half = read("camvid-b0-fp16")
             if half:
                 miou = half["checkpoints"][0]["miou"]
-                lines.append(Packed(title, "fp16", fp16, fp16, miou, before, None, None).cells())
-        packed = Packed(title, f"int{mode}", sizes["bytes"], fp16, cost["miou_after"], before, None,
-                        cost["ms_after"])
+                lines.append(Packed(title, "fp16", fp16, fp16, miou, before).cells())
+        packed = Packed(title, f"int{mode}", sizes["bytes"], fp16, cost["miou_after"], before,
+                        ms=cost["ms_after"], ms_before=cost["ms_before"])
         lines.append(packed.cells())
     return lines
 
 
 def bits():
     head = ["network", "weights", "MB", "times smaller than fp16", "mIoU", "drop", "relative",
-            "ungated", "ms"]
+            "ungated", "ms (fp32's in the same run)"]
     lines = [*camvid_rows(), *bits_rows("first-400-0", "prompt student B0, toy val"),
              *bits_rows("teacher", "prompt teacher B2, toy val")]
     return markdown(head, lines)
