@@ -662,6 +662,8 @@ def prepare(args, given, task):
 
     resumed = folder / "last.pth" if saved else None
     student, teacher, objective = task.make_networks(args, train_set, device, resumed)
+    if dist.is_initialized() and device.type == "cuda":
+        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     optimizer = make_optimizer(objective, args, device)
     check_owned(objective, optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and device.type != "mps")
@@ -748,8 +750,6 @@ def make_networks(args, train_set, device, resumed):
 
     class_weight = choose_class_weights(args, train_set)
     objective = Objective(student, projections, args, class_weight).to(device)
-    if dist.is_initialized() and device.type == "cuda":
-        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     return student, teacher, objective
 
 
