@@ -785,7 +785,8 @@ def layer_norms(model):
 def load_checkpoint(path, num_classes=None):
     """-> the SegFormer in `path`, on the CPU, in eval mode; what was found is printed.
 
-    Reads this project's checkpoints and, with extras/checkpoint_formats.py, Hugging Face's (.bin,
+    Reads this project's checkpoints, with extras/packed_layers.py also those in 8 and 4 bits
+    (extras/quantize.py) and, with extras/checkpoint_formats.py, Hugging Face's (.bin,
     .safetensors, or a folder with its config.json), NVlabs' ImageNet encoders and segmenters, and
     TransKD's and EffiSeg's. With a `num_classes` that differs from the file's, or a file without a
     decoder, that part is new and it is said. No code in the file is run.
@@ -794,6 +795,8 @@ def load_checkpoint(path, num_classes=None):
     """
     checks = find_checks()
     content = read_checkpoint(path)
+    if content.get("format") == "effiseg-packed":
+        return packed_layers(path).load_packed(content, num_classes, path)
     if content.get("format") == "effiseg":
         kind = "EffiSeg"
         if checks:
@@ -822,7 +825,7 @@ def load_checkpoint(path, num_classes=None):
         note = ""
     loaded_of_all = load_tensors(model, tensors, new_part, path)
     if checks:
-        checks.check_extras(content, model, path)
+        checks.check_extras(content, model, file_classes, path)
     set_extras(model, content, file_classes)
     print(f"{path}: SegFormer-{model.variant.upper()}, {model.num_classes} classes, {kind}, "
           f"{loaded_of_all} tensors, {describe_normalisation(model)}{note}")
@@ -847,6 +850,16 @@ def other_formats(path):
     except ImportError:
         raise CheckpointError(f"{path} is not in this project's own format: to read those of "
                               f"others, copy {FORMATS_FILE} beside model.py too") from None
+
+
+def packed_layers(path):
+    """-> the module that reads weights in 8 and 4 bits. Raises CheckpointError where it is absent.
+    """
+    try:
+        return importlib.import_module("extras.packed_layers")
+    except ImportError:
+        raise CheckpointError(f"{path} has its weights in 8 or 4 bits: to read it, copy "
+                              f"extras/packed_layers.py beside model.py too") from None
 
 
 def read_checkpoint(path):

@@ -314,6 +314,14 @@ class Objective(nn.Module):
             student, teacher, stages, patch_embeds, labels, kl_labels, self.class_weight, self.args)
         return {name: TERMS[name].compute(outputs) for name in self.weights}
 
+    def ask_teacher(self, teacher, images):
+        """What `forward` needs of the teacher about these images; None without one."""
+        return teacher_features(teacher, images, self.teacher_parts)
+
+    def denominators(self, labels):
+        """What each term's mean is taken over, see `loss_denominators`. -> (terms,)"""
+        return loss_denominators(labels, self)
+
 
 @torch.no_grad()
 def teacher_features(teacher, images, parts):
@@ -331,6 +339,23 @@ def teacher_features(teacher, images, parts):
 
 # ------------------------------ the run, and one step of it
 
+@dataclass(frozen=True)
+class Task:
+    """Where a run that trains something else than the paper's segmenter differs from this file:
+    what stands for its flags, networks, samples and checkpoints. extras/prompt.py has one.
+
+    Its objective is called as `Objective` is, and has the same attributes. Its student has what
+    the loop reads of a SegFormer, and a fold() that makes a network which eval.py can score.
+    """
+    name: str                                          # kept in last.pth: no other task resumes it
+    command: str                                       # what a user types to go on
+    flags: object                                      # parse, all_flags, note_unused: TrainFlags
+    make_networks: Callable                            # as make_networks
+    make_stream: Callable                              # as make_stream
+    save: Callable = save_checkpoint
+    load: Callable = load_checkpoint
+
+
 @dataclass
 class Run:
     """All that a training run holds."""
@@ -341,6 +366,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler                       # does something in fp16 only
     parallel: nn.Module                                # the objective; under torchrun, inside DDP
+    task: Task = None                                  # None: SEGMENTATION
     average: WeightAverage | None = None               # of the student's weights, with --ema
     train_set: object = None
     unlabelled_set: object = None                      # frames that only the teacher labels
@@ -353,6 +379,9 @@ class Run:
     loss_log: LossLog | None = None
     score_log: ScoreLog | None = None
     board: Board | None = None
+
+    def __post_init__(self):
+        self.task = self.task or SEGMENTATION
 
     @property
     def student(self):
@@ -382,7 +411,7 @@ def train_step(run, images, labels):
     weights = list(objective.weights.values())
     weights = torch.tensor(weights, device=images.device)               # (terms,)
     pieces = list(zip(images.chunk(run.args.accum), labels.chunk(run.args.accum), strict=True))
-    parts = [loss_denominators(label, objective) for _, label in pieces]
+    parts = [objective.denominators(label) for _, label in pieces]
     parts = torch.stack(parts)                                          # (accum, terms)
     tiny = torch.finfo(torch.float32).tiny                              # not 0 / 0 if all is void
     whole = all_reduce(parts.sum(0)).clamp(min=tiny)                    # (terms,)
@@ -393,8 +422,7 @@ def train_step(run, images, labels):
             with run.autocast():
                 # The teacher's maps get no name here, so that they go while the losses' gradients
                 # are computed.
-                terms = run.parallel(
-                    image, label, teacher_features(run.teacher, image, objective.teacher_parts))
+                terms = run.parallel(image, label, objective.ask_teacher(run.teacher, image))
             terms = torch.stack(list(terms.values())) * parts[i] / whole        # (terms,)
             # Times the processes, since DistributedDataParallel takes the mean of their gradients.
             loss = (weights * terms).sum() * world_size()
@@ -442,7 +470,7 @@ def find_nonfinite_terms(run, pieces):
     found = {}
     for image, label in pieces:
         with run.autocast():
-            target = teacher_features(run.teacher, image, {"logits"})
+            target = run.objective.ask_teacher(run.teacher, image)
             terms = run.objective(image, label, target)
         for name, value in terms.items():
             if not value.isfinite():
@@ -493,9 +521,12 @@ def train(**flags):
     return run_training(*FLAGS.parse(argv))
 
 
-def run_training(args, given):
-    """The whole run, from the flags to the last table. -> Result"""
-    run = prepare(args, given)
+def run_training(args, given, task=None):
+    """The whole run, from the flags to the last table. -> Result
+
+    task: what is trained, a Task; None: the paper's segmenter
+    """
+    run = prepare(args, given, task or SEGMENTATION)
     with contextlib.closing(run.board), Stop() as stop:
         for step in range(run.start, run.args.iters):
             done = step + 1
@@ -518,7 +549,7 @@ def run_training(args, given):
                 save(run, done)
                 run.loss_log.restart_clock()
             if signal_number and done < run.args.iters:
-                raise stopped(signal_number, done, run.folder)
+                raise stopped(signal_number, done, run)
 
     with no_compiling(run.args):
         finish(run)
@@ -558,7 +589,7 @@ def next_batch(run, step, stop):
             raise
         run.loss_log.flush()
         save(run, step)
-        raise stopped(stop.number, step, run.folder) from None
+        raise stopped(stop.number, step, run) from None
     run.loss_log.add_waiting(time.time() - asked)
     images, labels = (part.to(run.device, non_blocking=True) for part in batch)
     return images.float() / 255, labels
@@ -593,7 +624,7 @@ def validate(run, step):
         run.progress["best_scores"] = result | {"step": step}
     run.score_log.add(step, result, is_better)
     if is_better and rank() == 0:
-        save_checkpoint(run.network, run.folder / "best.pth", scores=result, step=step)
+        run.task.save(run.network, run.folder / "best.pth", scores=result, step=step)
 
 
 def evaluate_together(model, dataset, progress=None):
@@ -607,17 +638,17 @@ def evaluate_together(model, dataset, progress=None):
 
 # ------------------------------ what is made before the first step
 
-def prepare(args, given):
+def prepare(args, given, task):
     """Everything that the loop needs; what is wrong is said here, not after an hour. -> Run"""
     folder, saved = None, None
     if args.resume or is_restart_of(args.out):
-        folder, saved = find_run(args.out)
+        folder, saved = find_run(args.out, task)
         stored = saved["training"]["args"]
-        args = argparse.Namespace(**merge_resumed_flags(FLAGS.all_flags(), stored, given))
+        args = argparse.Namespace(**merge_resumed_flags(task.flags.all_flags(), stored, given))
         step = saved["training"]["step"]
         note_stretched_schedule(args, stored, step, folder, learning_rate)
     else:
-        FLAGS.note_unused(args, given)
+        task.flags.note_unused(args, given)
     if args.tensorboard:
         summary_writer()                               # absent: said before anything is done
     device = join_processes(args.device)
@@ -630,7 +661,9 @@ def prepare(args, given):
     cached_pixel_counts(val_set)                       # reads every label
 
     resumed = folder / "last.pth" if saved else None
-    student, teacher, objective = make_networks(args, train_set, device, resumed)
+    student, teacher, objective = task.make_networks(args, train_set, device, resumed)
+    if dist.is_initialized() and device.type == "cuda":
+        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     optimizer = make_optimizer(objective, args, device)
     check_owned(objective, optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and device.type != "mps")
@@ -640,7 +673,7 @@ def prepare(args, given):
         progress = restore(saved["training"], objective, optimizer, scaler)
     del saved                                          # its tensors need not stay in memory
 
-    run = Run(args, device, objective, teacher, optimizer, scaler, parallel=objective)
+    run = Run(args, device, objective, teacher, optimizer, scaler, objective, task)
     run.average = average
     run.train_set = train_set
     run.unlabelled_set = unlabelled_set
@@ -668,7 +701,7 @@ def open_logs(run):
     if run.start == 0:
         save(run, 0)                                   # from here on there is something to resume
         if rank() == 0:
-            check_reads_back(run.folder / "last.pth")
+            check_reads_back(run.folder / "last.pth", run.task)
         run.loss_log.restart_clock()
 
 
@@ -704,11 +737,7 @@ def make_networks(args, train_set, device, resumed):
     resumed: the last.pth that the run goes on with, or None.
     """
     student = make_student(args, train_set.classes, resumed)
-    student.classes = train_set.classes
-    student.palette = train_set.palette
-    student.input_size = args.crop if args.augment == "plain" else train_set.size
-    student.trained_on = {
-        "data": args.data, "fold": args.fold, "folds": args.folds, "fold_by": args.fold_by}
+    note_training(student, args, train_set)
 
     teacher, projections = None, None
     if args.teacher:
@@ -722,9 +751,16 @@ def make_networks(args, train_set, device, resumed):
 
     class_weight = choose_class_weights(args, train_set)
     objective = Objective(student, projections, args, class_weight).to(device)
-    if dist.is_initialized() and device.type == "cuda":
-        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     return student, teacher, objective
+
+
+def note_training(student, args, train_set):
+    """Set what a checkpoint tells of the training beside the weights."""
+    student.classes = train_set.classes
+    student.palette = train_set.palette
+    student.input_size = args.crop if args.augment == "plain" else train_set.size
+    student.trained_on = {
+        "data": args.data, "fold": args.fold, "folds": args.folds, "fold_by": args.fold_by}
 
 
 def choose_class_weights(args, train_set):
@@ -796,11 +832,7 @@ def make_loader(run):
     A batch is a range of sample numbers of the stream, so resuming is starting there.
     """
     args = run.args
-    augment = Augment(args.crop, run.train_set.size, args.scale_range, args.augment)
-    stream = Stream(run.train_set, augment, args.seed)
-    if run.unlabelled_set is not None:
-        others = Stream(Unlabelled(run.unlabelled_set), augment, args.seed)
-        stream = MixedStream(stream, others)
+    stream = run.task.make_stream(run)
     local_batch = args.batch_size * args.accum
     batches = []
     for step in range(run.start, args.iters):
@@ -816,9 +848,21 @@ def make_loader(run):
     )
 
 
+def make_stream(run):
+    """-> the endless data set of training samples, by their numbers."""
+    args = run.args
+    augment = Augment(args.crop, run.train_set.size, args.scale_range, args.augment)
+    stream = Stream(run.train_set, augment, args.seed)
+    if run.unlabelled_set is None:
+        return stream
+    others = Stream(Unlabelled(run.unlabelled_set), augment, args.seed)
+    return MixedStream(stream, others)
+
+
 # ------------------------------ flags
 
 FLAGS = TrainFlags(DEFAULTS, DATASET_DEFAULTS, DISTILLATION)
+SEGMENTATION = Task("segmentation", "python train.py", FLAGS, make_networks, make_stream)
 
 
 def main():

@@ -14,7 +14,7 @@ import zipfile
 import torch
 
 from extras.printable import is_plain_text, printable
-from model import NORMS, SIZES, SMALLEST, CheckpointError, count_classes, layer_norms
+from model import NORMS, SIZES, SMALLEST, CheckpointError, layer_norms
 
 MOST_BYTES = 2 ** 32                                              # of a run of B5: 1.4 * 10^9
 LONGEST_NAME = 200                                                # of a class or a tensor
@@ -113,10 +113,11 @@ def check_own(content, path):
         raise CheckpointError(f"{path} is damaged: it has no layer_norm_eps")
 
 
-def check_extras(content, model, path):
+def check_extras(content, model, file_classes, path):
     """Raise CheckpointError where what stands beside the weights does not fit their network.
 
-    `layer_norm_eps` is a list, or a number for all LayerNorms, or None.
+    `layer_norm_eps` is a list, or a number for all LayerNorms, or None. file_classes: the outputs
+    of the file's head.
     """
     epsilons = content.get("layer_norm_eps")
     if not isinstance(epsilons, list):
@@ -124,7 +125,6 @@ def check_extras(content, model, path):
     elif len(epsilons) != len(layer_norms(model)):
         raise CheckpointError(f"{path} is damaged: it has {len(epsilons)} layer_norm_eps, "
                               f"its network {len(layer_norms(model))} LayerNorms")
-    file_classes = count_classes(content["model"])
     fits = (all(isinstance(eps, float) and eps > 0 for eps in epsilons)
             and is_image_size(content.get("input_size"))
             and is_list_of(is_class_name, content.get("classes"), file_classes)

@@ -209,7 +209,8 @@ class FlagParser(argparse.ArgumentParser):
     """
 
     def error(self, message):
-        raise UsageError(f"{message}; python {self.prog} --help lists the flags")
+        command = self.prog if self.prog.startswith("python") else f"python {self.prog}"
+        raise UsageError(f"{message}; {command} --help lists the flags")
 
 
 def add_fold_flags(parser, default_folds=2):

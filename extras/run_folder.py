@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from extras.cli import Stopped, UsageError, make_folder
 from extras.distributed import all_reduce, rank, was_restarted
-from model import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from model import CheckpointError, read_checkpoint
 
 # On --resume; every other flag is the experiment.
 MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every", "tensorboard", "cache",
@@ -61,11 +61,11 @@ def choose_folder(args):
     return make_folder(folder)
 
 
-def find_run(out):
+def find_run(out, task):
     """-> (folder, contents of its last.pth) for --resume: `out`, or for None the newest run under
     runs/.
 
-    Raises UsageError.
+    Raises UsageError, also for the run of another task than train.py's `task`.
     """
     if out:
         last = Path(out) / "last.pth"
@@ -81,6 +81,10 @@ def find_run(out):
         content = read_run(last)
     except (UsageError, CheckpointError) as error:
         raise UsageError(f"{error}{offer_previous(folder)}") from None
+    trained = content["training"].get("task", "segmentation")   # what older files do not say
+    if trained != task.name:
+        raise UsageError(f"{folder} is a run of another kind, {trained}: {task.command} trains "
+                         f"{task.name} and cannot go on with it")
     if content["training"]["best_scores"] and not (folder / "best.pth").exists():
         raise UsageError(f"{folder} has a last.pth but no best.pth: the run needs both to go on")
     return folder, content
@@ -178,6 +182,7 @@ def save(run, step):
     training = dict(
         run.progress,
         args=vars(run.args),
+        task=run.task.name,
         total_batch=run.total_batch,
         optimizer=run.optimizer.state_dict(),
         scaler=run.scaler.state_dict(),
@@ -185,14 +190,14 @@ def save(run, step):
     )
     if run.average is not None:                        # the file's network is the average
         training["student"] = run.student.state_dict()
-    save_last(run.network, run.folder, training)
+    save_last(run, training)
 
 
-def save_last(student, folder, training):
+def save_last(run, training):
     """Write last.pth and keep the one before it as previous.pth; at no moment is there none."""
-    last = folder / "last.pth"
-    keep_as_previous(last, folder / "previous.pth")
-    save_checkpoint(student, last, step=training["step"], training=training)
+    last = run.folder / "last.pth"
+    keep_as_previous(last, run.folder / "previous.pth")
+    run.task.save(run.network, last, step=training["step"], training=training)
 
 
 def keep_as_previous(last, previous):
@@ -208,7 +213,7 @@ def keep_as_previous(last, previous):
         pass  # a file system without links has no previous.pth
 
 
-def check_reads_back(path):
+def check_reads_back(path, task):
     """Load the checkpoint that was just written: one that cannot be read is known before hours of
     training, not after.
 
@@ -216,7 +221,7 @@ def check_reads_back(path):
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            load_checkpoint(path)
+            task.load(path)
     except CheckpointError as error:
         raise UsageError(f"what this run would save cannot be loaded again: {error}") from None
 
@@ -354,11 +359,11 @@ class Stop:
         return int(all_reduce(number, dist.ReduceOp.MAX))
 
 
-def stopped(number, step, folder):
+def stopped(number, step, run):
     """-> the exception for a run that was told to stop by signal `number`, and has saved."""
     name, code = ("SIGTERM", 0) if number == signal.SIGTERM else ("Ctrl-C", 130)
     return Stopped(f"stopped by {name} after step {step}, all of it saved; "
-                   f"to go on: python train.py --resume --out {folder}", code)
+                   f"to go on: {run.task.command} --resume --out {run.folder}", code)
 
 
 def ignore_signals(worker):

@@ -16,7 +16,6 @@ from extras.distributed import rank, world_size
 from extras.fit_log import FitLog
 from extras.run_folder import Log, choose_folder, git_commit
 from extras.score_table import table
-from model import load_checkpoint
 
 REPORT_EVERY = 20                                      # steps between two reads from the device
 MAX_SKIPS = 20                                         # that fp16's scaler may leave out in a row
@@ -308,7 +307,7 @@ def finish(run):
         names.append(f"teacher {run.teacher.variant}")
         results.append(run.progress["teacher_scores"])
     best = run.progress["best_scores"]
-    models.append(load_checkpoint(run.folder / "best.pth").fold())
+    models.append(run.task.load(run.folder / "best.pth").fold())
     names.append(f"student {run.args.student}")
     results.append(best)
 

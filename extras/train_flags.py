@@ -22,7 +22,12 @@ SIDE = number(int, SMALLEST)                                      # of an image,
 class TrainFlags:
     """defaults: {flag: value}; dataset_defaults: {kind of data: the same}, which go before those;
     distillation_terms: the Terms of train.py that have a flag.
+
+    Another task's flags (extras/prompt_flags.py) are a subclass.
     """
+
+    prog = "train.py"
+    description = "Train a SegFormer, with or without a teacher."
 
     def __init__(self, defaults, dataset_defaults, distillation_terms):
         self.defaults = defaults
@@ -44,8 +49,8 @@ class TrainFlags:
             if getattr(args, term.weight_name) is None:
                 weight = term.default if args.teacher else 0.0
                 setattr(args, term.weight_name, weight)
-        if args.loss == "none" and not args.resume:
-            self.check_teacher_alone(args)
+        if not args.resume:
+            self.check_settled(args)
         if args.amp == "auto" and not args.resume:
             on_cuda = torch.cuda.is_available() and args.device.startswith(("auto", "cuda"))
             args.amp = "fp16" if on_cuda else "off"
@@ -53,7 +58,7 @@ class TrainFlags:
 
     def data_kind(self, argv):
         """What --data says, looked at before the rest: "toy", "camvid", "cityscapes", "folder"."""
-        parser = FlagParser(prog="train.py", add_help=False)
+        parser = FlagParser(prog=self.prog, add_help=False)
         parser.add_argument("--data", default=self.defaults["data"])
         known, _ = parser.parse_known_args(argv)
         return known.data.split(":")[0]
@@ -82,8 +87,13 @@ class TrainFlags:
         if given.get("iters") and given.get("epochs"):
             raise UsageError("--iters and --epochs say the same thing: give one")
 
-    def check_teacher_alone(self, args):
-        """--loss none: what is left must reach every stage. Raises UsageError."""
+    def check_settled(self, args):
+        """What only the settled flags of a new run tell. Raises UsageError.
+
+        --loss none: what is left must reach every stage.
+        """
+        if args.loss != "none":
+            return
         for term in self.distillation_terms:
             reaches_all = term.teacher_reads in ("stages", "logits")
             if reaches_all and getattr(args, term.weight_name):
@@ -118,8 +128,8 @@ class TrainFlags:
         The defaults are not the parser's own: what was given must be told from what was not.
         """
         parser = FlagParser(
-            prog="train.py",
-            description="Train a SegFormer, with or without a teacher.",
+            prog=self.prog,
+            description=self.description,
             epilog="Defaults are the paper's, or what suits the data: "
                    "--data camvid:DIR --help shows those of CamVid.",
             argument_default=argument_default)
@@ -137,30 +147,47 @@ class TrainFlags:
             parser.add_argument(flag, help=help, action="store_true", default=argument_default)
 
         add_experiment_flags(add)
+        self.add_own_flags(add, add_switch)
+        add_fold_flags(parser, argument_default)
+        add_machine_flags(add, add_switch)
+        return parser
+
+    def add_own_flags(self, add, add_switch):
+        """What only this task has: where a network starts, and its losses."""
+        add("--init", "start the student from these weights: an ImageNet encoder, or a segmenter, "
+            "whose head is new if the classes differ (default: from scratch)", metavar="FILE")
+        add("--teacher", "checkpoint of the teacher to distil; like --init ours, Hugging Face's, "
+            "NVlabs' or TransKD's", metavar="FILE")
+        add("--accum", "forward passes of a step; its batch is batch-size x accum x processes",
+            type=POSITIVE_INTEGER)
+        add("--loss", "supervision: eq. 3; eq. 14; eq. 3 and Dice; or none, the teacher alone",
+            choices=("wce", "dice-focal", "wce-dice", "none"))
+        add("--lambda-dice", "weight of Dice: in dice-focal focal has the rest, in wce-dice eq. 3 "
+            "stays whole", type=SHARE)
+        add("--class-weights", "enet: 1 / ln(1.10 + share), the paper's; sqrt: 1 / sqrt(share); "
+            "none", choices=("enet", "sqrt", "none"))
+        add("--labelled", "use the labels of this share of the train frames, the first of each "
+            "drive; the others are left out, or with a teacher taught by it alone, half of each "
+            "batch (default: all)", type=number(float, 0.0, 1.0, open_low=True))
         for term in self.distillation_terms:
             add(f"--lambda-{term.name}", term.help, type=NOT_NEGATIVE)
             for option in term.options:
                 flag = "--" + option.name.replace("_", "-")
                 add(flag, option.help, type=option.type)
-        add_fold_flags(parser, argument_default)
-        add_machine_flags(add, add_switch)
-        return parser
+        add_switch("--compile", "torch.compile student, losses and teacher: minutes at the first "
+                   "step; meant for a GPU, on a CPU it was slower than without")
+        add_switch("--fit-log", "at each validation also write loss and mIoU of 100 train frames "
+                   "and of val, and the seconds of training, to fit.csv")
 
 
 def add_experiment_flags(add):
     """What makes it this experiment and no other."""
     add("--student", "the network to train", choices=SIZES)
-    add("--init", "start the student from these weights: an ImageNet encoder, or a segmenter, "
-        "whose head is new if the classes differ (default: from scratch)", metavar="FILE")
-    add("--teacher", "checkpoint of the teacher to distil; like --init ours, Hugging Face's, "
-        "NVlabs' or TransKD's", metavar="FILE")
     add("--data", "toy, camvid:DIR, cityscapes:DIR or folder:DIR")
     add("--out", "the run's folder (default: runs/DATA-STUDENT, numbered)", metavar="DIR")
     add("--iters", "optimizer steps; without it --epochs decides", type=POSITIVE_INTEGER)
     add("--epochs", "passes over the data, when --iters is not given", type=POSITIVE_INTEGER)
     add("--batch-size", "images of a process and forward pass", type=POSITIVE_INTEGER)
-    add("--accum", "forward passes of a step; its batch is batch-size x accum x processes",
-        type=POSITIVE_INTEGER)
     add("--size", "resize frames to this before the augmentation, and for scoring (default: CamVid "
         "288 384, Cityscapes 512 1024, else as they are)", type=SIDE, nargs=2, metavar=("H", "W"))
     add("--crop", "size of a training image", type=SIDE, nargs=2, metavar=("H", "W"))
@@ -174,25 +201,14 @@ def add_experiment_flags(add):
     add("--grad-clip", "largest norm of the gradient, 0 for no clipping", type=NOT_NEGATIVE)
     add("--norm", "ln; dyt: DyT after patch embeddings; dyt-dyl: and DyL elsewhere; dyt-dyl-ln: "
         "but for stage ends", choices=NORMS)
-    add("--loss", "supervision: eq. 3; eq. 14; eq. 3 and Dice; or none, the teacher alone",
-        choices=("wce", "dice-focal", "wce-dice", "none"))
-    add("--lambda-dice", "weight of Dice: in dice-focal focal has the rest, in wce-dice eq. 3 "
-        "stays whole", type=SHARE)
-    add("--class-weights", "enet: 1 / ln(1.10 + share), the paper's; sqrt: 1 / sqrt(share); none",
-        choices=("enet", "sqrt", "none"))
     add("--ema", "score and keep an average of the weights that decays by this a step, for example "
         "0.999 (default: the weights themselves)", type=number(float, 0.0, 0.99999, open_low=True))
-    add("--labelled", "use the labels of this share of the train frames, the first of each drive; "
-        "the others are left out, or with a teacher taught by it alone, half of each batch "
-        "(default: all)", type=number(float, 0.0, 1.0, open_low=True))
 
 
 def add_machine_flags(add, add_switch):
     """How and where it runs."""
     add("--amp", "mixed precision; auto: fp16 on CUDA (untested: no GPU was to be had), else off",
         choices=("auto", *AMP_DTYPES, "off"))
-    add_switch("--compile", "torch.compile student, losses and teacher: minutes at the first step; "
-               "meant for a GPU, on a CPU it was slower than without")
     add("--workers", "processes that read data", type=number(int, 0))
     add("--cache", "keep decoded frames there, 4 bytes per pixel, shared by all workers and runs "
         "(default: decode each time)", metavar="DIR")
@@ -201,7 +217,5 @@ def add_machine_flags(add, add_switch):
         "run", type=POSITIVE_INTEGER)
     add_switch("--tensorboard", "also write scalars and pictures for TensorBoard to the run's "
                "folder")
-    add_switch("--fit-log", "at each validation also write loss and mIoU of 100 train frames and "
-               "of val, and the seconds of training, to fit.csv")
     add_switch("--resume", "go on with the run in --out, or the newest under runs/")
     add("--device", "auto (CUDA, then MPS, then CPU), or one of them by name")

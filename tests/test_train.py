@@ -3,6 +3,7 @@ a sentence.
 """
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -484,7 +485,7 @@ def test_a_damaged_checkpoint_is_known_and_the_one_before_it_offered(tmp_path, f
     for content in (truncated, flipped, empty):
         last.write_bytes(content)
         with pytest.raises(run_folder.UsageError, match=sentence):
-            run_folder.find_run(out)
+            run_folder.find_run(out, train.SEGMENTATION)
 
     last.write_bytes((out / "previous.pth").read_bytes())
     command("train.py", "--resume", "--out", out)
@@ -1082,7 +1083,8 @@ def test_what_could_not_be_loaded_again_is_not_trained(tmp_path, folder, monkeyp
             raise UsageError("unreachable")
         raise run_folder.CheckpointError(f"{path} is damaged")
 
-    monkeypatch.setattr(run_folder, "load_checkpoint", broken)
+    broken_task = dataclasses.replace(train.SEGMENTATION, load=broken)
+    monkeypatch.setattr(train, "SEGMENTATION", broken_task)
     out = tmp_path / "run"
     with pytest.raises(UsageError, match="what this run would save cannot be loaded again"):
         train_with("--data", folder, "--iters", 5, *SMALL, "--out", out)

@@ -1,0 +1,121 @@
+"""The flags of `python -m extras.prompt train`: those of train.py about data, schedule and machine,
+and what only a student that is told what to segment has.
+"""
+
+import sys
+
+from extras.cli import UsageError, number
+from extras.prompt_model import DIM
+from extras.prompt_words import TOKENIZERS
+from extras.train_flags import SHARE, TrainFlags
+
+DEFAULTS = {
+    "student": "b0",
+    "data": "toy",
+    "epochs": 200,
+    "batch_size": 2,
+    "crop": [512, 1024],
+    "scale_range": [0.5, 2.0],
+    "augment": "segformer",
+    "lr": 6e-4,
+    "weight_decay": 0.0,
+    "warmup": 0.05,
+    "grad_clip": 1.0,
+    "norm": "ln",
+    "folds": 2,
+    "amp": "auto",
+    "workers": 2,
+    "seed": 0,
+    "device": "auto",
+    "phase": 2,
+    "prompts": 21,
+    "absent": 8,
+    "empty": 0.05,
+    "tokenizer": "letters",
+    "dim": DIM,
+}
+DATASET_DEFAULTS = {
+    "toy": {"iters": 300, "batch_size": 4, "crop": [96, 192], "scale_range": [0.75, 1.5],
+            "lr": 2.4e-3, "eval_every": 100},
+    "camvid": {"iters": 40_000, "batch_size": 4, "crop": [288, 288], "eval_every": 1000},
+    "cityscapes": {"augment": "plain"},
+    "folder": {"crop": [512, 512]},
+}
+
+
+# What the loop reads of train.py's flags and cannot be chosen here.
+FIXED = {"accum": 1, "compile": False, "fit_log": False, "labelled": None}
+
+
+class PromptFlags(TrainFlags):
+    prog = "python -m extras.prompt train"
+    description = "Train a segmenter that is told what to segment, with or without a teacher."
+
+    def parse(self, argv):
+        args, given = super().parse(argv)
+        if args.teacher_files and "augment" not in given:
+            args.augment = "plain"
+        return args, given
+
+    def all_flags(self):
+        return super().all_flags() | FIXED
+
+    def add_own_flags(self, add, add_switch):
+        add("--phase", "1: the teacher's features, without labels; 2: its masks and presence, or "
+            "without a teacher those of the labels", type=int, choices=(1, 2))
+        add("--teacher", "a checkpoint of this command: the network to learn from",
+            metavar="FILE")
+        add("--teacher-files", "learn from what another teacher said, an .npz for each frame; "
+            "whole frames, resized to --crop", metavar="DIR")
+        add("--prompts", "4 generic ones, or 21 with the classes' names and synonyms",
+            type=int, choices=(4, 21))
+        add("--absent", "words for things that the data do not have, to learn to say no",
+            type=number(int, 0))
+        add("--empty", "share of the training images that show nothing", type=SHARE)
+        add("--tokenizer", "how the student reads prompts: letters and digits, or UTF-8 bytes",
+            choices=TOKENIZERS)
+        add("--text-vectors", "vectors of a pretrained text encoder in place of the student's own: "
+            "an .npz with `prompts` and `vectors`", metavar="FILE")
+        add("--dim", "length of the vectors that pixels and words are compared by",
+            type=number(int, 4, 4096))
+        add("--init", "start from these weights: a checkpoint of this command, or any SegFormer's, "
+            "which lends what it has (default: from scratch)", metavar="FILE")
+        add_switch("--reset-text", "with --init: a new text encoder in place of the file's, which "
+                   "a change of the tokenizer needs")
+
+    def check(self, args, given):
+        super().check(args, given)
+        if args.resume:
+            return
+        if args.teacher and args.teacher_files:
+            raise UsageError("--teacher and --teacher-files are two teachers: give one")
+        if args.phase == 1 and not args.teacher:
+            raise UsageError("--phase 1 aligns features with a --teacher's: give one"
+                             + (", --teacher-files has masks only" if args.teacher_files else ""))
+        if args.teacher_files and given.get("augment") == "segformer":
+            raise UsageError("--teacher-files has masks of whole frames: leave --augment "
+                             "segformer, which crops them, out")
+        if args.reset_text and not args.init:
+            raise UsageError("--reset-text goes with --init: from scratch all of it is new")
+        if args.text_vectors and "tokenizer" in given:
+            raise UsageError("--text-vectors stands in place of a --tokenizer: give one")
+
+    def check_settled(self, args):
+        """Nothing of the losses can be chosen here."""
+
+    def note_unused(self, args, given):
+        plain = args.augment == "plain"
+        unused = {
+            "size": plain,
+            "scale_range": plain,
+            "folds": args.fold is None,
+            "fold_by": args.fold is None,
+            "cache": args.data == "toy",
+        }
+        for name, is_unused in unused.items():
+            if name in given and is_unused:
+                flag = name.replace("_", "-")
+                print(f"note: --{flag} changes nothing in this run", file=sys.stderr)
+
+
+PROMPT_FLAGS = PromptFlags(DEFAULTS, DATASET_DEFAULTS, distillation_terms=())
