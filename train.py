@@ -526,7 +526,7 @@ def run_training(args, given, task=None):
 
     task: what is trained, a Task; None: the paper's segmenter
     """
-    run = prepare(args, given, task or SEGMENTATION)
+    run = prepare(args, given, task)
     with contextlib.closing(run.board), Stop() as stop:
         for step in range(run.start, run.args.iters):
             done = step + 1
@@ -638,8 +638,9 @@ def evaluate_together(model, dataset, progress=None):
 
 # ------------------------------ what is made before the first step
 
-def prepare(args, given, task):
+def prepare(args, given, task=None):
     """Everything that the loop needs; what is wrong is said here, not after an hour. -> Run"""
+    task = task or SEGMENTATION
     folder, saved = None, None
     if args.resume or is_restart_of(args.out):
         folder, saved = find_run(args.out, task)

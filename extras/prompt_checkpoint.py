@@ -15,7 +15,7 @@ import os
 
 import torch
 
-from extras.checkpoint_checks import check_tensors, is_list_of
+from extras.checkpoint_checks import check_tensors, is_colour, is_list_of
 from extras.packed_layers import make_room, pack, save_packed, set_activation_bits
 from extras.prompt_model import PromptSegmenter
 from extras.prompt_text import VectorTable
@@ -90,7 +90,7 @@ def check_facts(facts, path):
     classes = facts.get("classes")
     lists_are_words = (isinstance(prompts, list) and isinstance(classes, list) and classes
                        and all(isinstance(word, str) for word in [*prompts, *classes]))
-    if not lists_are_words or not is_list_of(facts.get("palette"), len(classes)):
+    if not lists_are_words or not is_list_of(is_colour, facts.get("palette"), len(classes)):
         raise damaged
     if not isinstance(facts.get("layer_bits"), dict):
         raise damaged

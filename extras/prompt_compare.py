@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from data import SPLITS, open_dataset
-from eval import format_row, no_nan
+from eval import no_nan
 from extras.cli import (
     NotFinite,
     UsageError,
@@ -40,6 +40,7 @@ from extras.prompt_metrics import ask
 from extras.prompt_scores import score
 from extras.provenance import check_classes, choose_data, warn_of_leak
 from extras.quantize import MODES
+from extras.score_table import align
 from model import CheckpointError
 
 ROWS = {"fp32": None, "fp16": None, "int8": "8", "int4": "4", "int8+int4": "4+8"}
@@ -116,13 +117,13 @@ COLUMNS = {"mode": 10, "MB": 8, "compress": 10, "mIoU": 8, "ungated": 9, "drop":
 def table(rows):
     """The reports' table: size, compression to the first row, mIoU, drop, F1, sensitivity, time."""
     widths = list(COLUMNS.values())
-    head = format_row(list(COLUMNS), widths)
+    head = align(list(COLUMNS), widths)
     lines = [head, "-" * len(head)]
     for row in rows:
         if row.reason:
             lines.append(f"{row.name:10}failed: {row.reason}")
         else:
-            lines.append(format_row(cells_of(row, rows[0]), widths))
+            lines.append(align(cells_of(row, rows[0]), widths))
     return "\n".join(lines)
 
 

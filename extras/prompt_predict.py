@@ -28,10 +28,11 @@ from extras.cli import (
     pick_device,
     show_progress,
 )
-from extras.export import export as export_file
+from extras.exported_model import export as export_file
+from extras.outputs import save_picture
 from extras.packed_layers import count_bits
 from extras.pictures import grid
-from extras.predict import check_out, find_photos, read_photo
+from extras.predict import check_out, find_items, read_photo
 from extras.prompt_checkpoint import load_prompt, packed_prompt, save_packed_prompt
 from extras.prompt_model import fixed_prompts, plain_segformer
 from extras.prompt_pictures import paint
@@ -106,6 +107,15 @@ def predict(argv):
     return 2 if problems else 0
 
 
+def find_photos(inputs):
+    """Files, folders and lists -> what to segment. Raises UsageError for a clip."""
+    photos = find_items(inputs)
+    for photo in photos:
+        if photo.is_clip:
+            raise UsageError(f"{photo.path}: prompts are for photos, and this has several pictures")
+    return photos
+
+
 def mask_name(photo, prompt):
     """The file of a photo's mask, below --out."""
     words = plain(prompt).replace(" ", "_").replace("/", "_")
@@ -134,12 +144,12 @@ def predict_photo(model, photo, prompts, words, out):
     for k, prompt in enumerate(prompts):
         found = (mask[k] > 0.5) & (presence[k] > 0.5)             # (H, W)
         white = 255 * found.numpy().astype(np.uint8)
-        Image.fromarray(white).save(out / mask_name(photo, prompt))
+        save_picture(Image.fromarray(white), out / mask_name(photo, prompt))
         cells.append(paint(image, found))
         share = found.float().mean().item()
         there = f"{share:.1%} of the pixels" if presence[k] > 0.5 else "not there"
         print(f"{photo.path}: {prompt}: {there} (presence {presence[k]:.2f})")
-    grid([cells], ["photo", *prompts]).save(out / f"{photo.name}.png")
+    save_picture(grid([cells], ["photo", *prompts]), out / f"{photo.name}.png")
 
 
 # ---------------------------------------------------------------- files
@@ -166,11 +176,12 @@ def export(argv):
               f"whose mask logit is the largest")
         return 0
     network = fixed_prompts(model, prompts, palette=palette)
-    report = export_file(network, args.target, args.logits)
+    agreement = export_file(network, args.target, args.logits)
+    megabytes = Path(args.target).stat().st_size / 1e6
     output = "mask logits" if args.logits else "classes"
-    print(f"{args.target}: {report['bytes'] / 1e6:.2f} MB, images (B, 3, H, W) in [0, 1] -> "
-          f"{output} of {', '.join(prompts)}; run against the model, difference "
-          f"{report['difference']:.1e}")
+    named = ", ".join(prompts)
+    print(f"{args.target}: {megabytes:.2f} MB, images (B, 3, H, W) in [0, 1] -> "
+          f"{output} of {named}; {agreement}")
     return 0
 
 

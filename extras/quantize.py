@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from data import SPLITS, open_dataset
-from eval import evaluate, network_logits, percent, scores
+from eval import evaluate, network_logits, scores
 from extras.cli import (
     UsageError,
     add_fold_flags,
@@ -44,6 +44,7 @@ from extras.cli import (
 from extras.comparison import spread_indices
 from extras.packed_layers import FORMAT, count_bits, pack, packable_layers, save_packed
 from extras.provenance import check_classes, warn_of_leak
+from extras.score_table import percent
 from model import load_checkpoint, read_checkpoint, save_checkpoint
 
 TIMED_FRAMES = 10
