@@ -29,6 +29,7 @@ References
 
 import contextlib
 import copy
+import errno
 import importlib
 import math
 import os
@@ -694,12 +695,19 @@ def write_atomically(path, shared=False):
             torch.save(content, file)
 
     It is written beside `path`, flushed to the disk, then renamed. After an error nothing is left
-    of it, and what stood at `path` before is untouched; the error goes on to the caller.
+    of it, and what stood at `path` before is untouched; the error goes on to the caller. A link is
+    replaced, not followed.
     shared: other processes may be writing the same `path`, so each writes beside it by itself
+    Raises OSError, for a device, a pipe or a folder at `path` too.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        reason = "not a regular file, so nothing is written there"
+        raise FileExistsError(errno.EEXIST, reason, str(path))
     partial = f"{path}.{os.getpid()}.partial" if shared else f"{path}.partial"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(partial)                                        # of a process that was killed
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:                         # "x": new, not through a link
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -836,6 +844,8 @@ def read_checkpoint(path):
     a Hugging Face folder. Tensors and plain values only; nothing is run. Raises CheckpointError."""
     if os.path.isdir(path):
         return other_formats(path).read_folder(path)
+    if os.path.exists(path) and not os.path.isfile(path):         # to open a pipe would wait
+        raise CheckpointError(f"cannot open checkpoint {path}: not a regular file")
     is_safetensors = str(path).endswith(".safetensors")
     read = other_formats(path).read_safetensors if is_safetensors else read_torch_file
     try:

@@ -1,0 +1,81 @@
+"""Files that a command was asked to write: the one way to write them.
+
+    with output_file("scores.json") as file:                      # binary
+        file.write(...)
+    write_text("scores.json", text)
+    save_picture(picture, "picture.png")                          # PIL's
+
+    parser.add_argument("--json", type=output_path)               # refused before the work is done
+    parser.add_argument("--picture", type=picture_path)
+
+A file appears whole or not at all (model.write_atomically). What stands at its path is replaced,
+never written through: a link there may lead out of the folder, and a device or a pipe is no place
+for a file. Raises UsageError, in a sentence that names the file.
+"""
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from extras.cli import UsageError
+from model import write_atomically
+
+
+@contextlib.contextmanager
+def output_file(path):
+    """Yield a binary file that appears at `path` whole or not at all. Raises UsageError."""
+    try:
+        with write_atomically(path) as file:
+            yield file
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_text(path, text):
+    """Write `text`, in UTF-8. Raises UsageError."""
+    with output_file(path) as file:
+        file.write(text.encode())
+
+
+def save_picture(picture, path):
+    """Write a PIL picture in the format that the path's suffix says. Raises UsageError."""
+    kind = picture_format(path)
+    if kind is None:
+        raise UsageError(f"cannot write {path}: {UNKNOWN_SUFFIX}")
+    with output_file(path) as file:
+        try:
+            picture.save(file, kind)
+        except ValueError as error:                               # too large for its format
+            raise UsageError(f"cannot write {path}: {error}") from None
+
+
+UNKNOWN_SUFFIX = "its suffix is no picture's that can be written (.png or .jpg)"
+
+
+def picture_format(path):
+    """-> Pillow's name of the format for a path, "PNG"; None where it cannot write such a file."""
+    suffix = Path(path).suffix.lower()
+    kind = Image.registered_extensions().get(suffix)
+    return kind if kind in Image.SAVE else None
+
+
+# ---------------------------------------------------------------- flags
+
+def output_path(text):
+    """An argparse type: where a file can be written, as far as can be told beforehand."""
+    folder = os.path.dirname(text) or "."
+    if not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {folder}")
+    if os.path.exists(text) and not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text}: not a regular file, so nothing is written there")
+    return text
+
+
+def picture_path(text):
+    """An argparse type: where a picture can be written."""
+    if picture_format(text) is None:
+        raise argparse.ArgumentTypeError(f"{text}: {UNKNOWN_SUFFIX}")
+    return output_path(text)
