@@ -13,6 +13,11 @@ bench_data.py. What is compared takes turns, each in a process of its own and in
 both sides: look at the ratios, and at how far they spread over the rounds (extras/measure.py).
 """
 
+if __name__ == "__main__":
+    # Before torch, whose import takes seconds in which a Ctrl-C may come.
+    from extras import quiet_start
+    quiet_start.begin()
+
 import argparse
 import json
 import platform

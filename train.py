@@ -108,7 +108,13 @@ from extras.same_run import (
     merge_resumed_flags,
 )
 from extras.starting_weights import make_student
-from extras.stopping import Stop, keep_what_was_done, prepare_worker, stopped
+from extras.stopping import (
+    Stop,
+    keep_what_was_done,
+    prepare_worker,
+    start_workers,
+    stopped,
+)
 from extras.train_flags import NOT_NEGATIVE, POSITIVE, TrainFlags
 from extras.training_state import check_fits, new_progress, restore
 from extras.weight_average import WeightAverage
@@ -662,7 +668,7 @@ def prepare(args, given, lock):
     score_teacher(run)
     if args.compile:
         compile_networks(run)
-    run.batches = iter(make_loader(run))
+    run.batches = start_workers(make_loader(run))
     if dist.is_initialized():
         run.parallel = DistributedDataParallel(objective)
     open_logs(run)

@@ -185,6 +185,20 @@ def until_written():
             signal.raise_signal(number)
 
 
+def start_workers(loader):
+    """-> the iterator over `loader`, whose lost workers are told by its `next` only.
+
+    torch's handler of SIGCHLD would raise the error wherever this process is: in the middle of a
+    step, or of a file.
+    """
+    if not in_main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
 def prepare_worker(worker):
     """For a loader's worker. A terminal's Ctrl-C or end reaches it too, and is not its to answer.
 
