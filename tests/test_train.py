@@ -225,7 +225,8 @@ def test_a_run_learns_and_writes_what_it_promises(tmp_path, folder):
         "previous.pth",
         "log.csv",
         "scores.csv",
-        "recipe.json", "run.lock",
+        "recipe.json",
+        "run.lock",
         "pictures.png",
     }
 
