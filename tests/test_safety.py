@@ -128,6 +128,23 @@ def test_sighup_saves_and_stops_with_workers(tmp_path, folder):
     assert saved_step(out) == len(rows(out)) - 1 >= 20
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_under_torchrun_saves(name, tmp_path, folder):
+    """torchrun passes it on; its own end comes with a traceback of its own."""
+    out = tmp_path / "run"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    flags = ("--data", folder, *SMALL, "--iters", 5000, "--eval-every", 10, "--out", out)
+    words = [*torchrun, ROOT / "train.py", *flags]
+    process = subprocess.Popen([sys.executable, *map(str, words)], env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for_step(process, out, 20)
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=100)[0]
+    assert "finishing this step, then saving" in said
+    assert f"stopped by {name} after step {saved_step(out)}" in said, said
+    assert saved_step(out) == len(rows(out)) - 1 >= 20
+
+
 def test_under_nohup_sighup_is_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
