@@ -647,13 +647,6 @@ def prepare(args, given, lock):
     check_owned(objective, optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and device.type != "mps")
     average = WeightAverage(student, args.ema) if args.ema else None
-    progress = new_progress()
-    if saved:
-        check_origin(state.get("origin"), origin, args, folder)
-        check_fits(state, objective, optimizer, scaler, average, resumed)
-        progress = restore(state, objective, optimizer, scaler)
-        del saved, state                               # their tensors need not stay in memory
-    progress["origin"] = origin
 
     run = Run(args, device, objective, teacher, optimizer, scaler, parallel=objective)
     run.average = average
@@ -661,9 +654,11 @@ def prepare(args, given, lock):
     run.unlabelled_set = unlabelled_set
     run.val_set = val_set
     run.total_batch = total_batch
-    run.progress = progress
-    run.start = progress["step"]
+    run.progress = new_progress() | {"origin": origin}
     run.folder = folder
+    if saved:
+        go_on_from(state, run)
+        del saved, state                               # their tensors need not stay in memory
     open_run_folder(run, lock)
     score_teacher(run)
     if args.compile:
@@ -681,6 +676,15 @@ def resumed_flags(state, given, folder):
     args = argparse.Namespace(**merge_resumed_flags(FLAGS.all_flags(), state, given))
     note_stretched_schedule(args, state["args"], state["step"], folder, learning_rate)
     return args
+
+
+def go_on_from(state, run):
+    """Put the training state of its last.pth into a run that was just made."""
+    check_origin(state.get("origin"), run.progress["origin"], run.args, run.folder)
+    check_fits(state, run, run.folder / "last.pth")
+    origin = run.progress["origin"]
+    run.progress = restore(state, run) | {"origin": origin}
+    run.start = run.progress["step"]
 
 
 def open_logs(run):

@@ -1,8 +1,8 @@
 """What last.pth holds beside the student, and the checks before any of it is used.
 
     check_training_state(state, path)                             # by itself
-    check_fits(state, objective, optimizer, scaler, average, path)        # to this run's networks
-    progress = restore(state, objective, optimizer, scaler)
+    check_fits(state, run, path)                                  # to the networks of this run
+    progress = restore(state, run)
 
 The file may be a stranger's, or be damaged where no checksum looks. A moment of AdamW of another
 shape than its weight makes the fused kernel read beyond it: the process would be killed. So
@@ -35,8 +35,9 @@ def new_progress():
     }
 
 
-def restore(state, objective, optimizer, scaler):
+def restore(state, run):
     """Put the checked training state of a last.pth beside the student's weights. -> its progress"""
+    objective = run.objective
     if objective.projections is not None:
         objective.projections.load_state_dict(state["projections"])
     if "student" in state:  # beside its average, with --ema
@@ -46,10 +47,10 @@ def restore(state, objective, optimizer, scaler):
     moments = {}
     for number, entry in state["optimizer"]["state"].items():
         moments[number] = {name: torch.as_tensor(value).clone() for name, value in entry.items()}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    if scaler.is_enabled() and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    if run.scaler.is_enabled() and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
     progress = new_progress()
     for name, value in progress.items():
         progress[name] = state.get(name, value)  # an older version's file lacks what came later
@@ -134,22 +135,19 @@ def is_origin(value):
 
 # ------------------------------ to the networks
 
-def check_fits(state, objective, optimizer, scaler, average, path):
-    """Raise UsageError where a checked training state is not one of these networks.
-
-    average: with --ema, when the file's network is that, and the student is in the state; or None
-    """
-    classes = objective.student.num_classes
-    beside_average = objective.student if average is not None else None
+def check_fits(state, run, path):
+    """Raise UsageError where a checked training state is not one of this run's networks."""
+    # With --ema the file's network is the average, and the student stands in the state.
+    beside_average = run.student if run.average is not None else None
     is_right = {
         "student": fits_module(state.get("student"), beside_average),
-        "projections": fits_module(state.get("projections"), objective.projections),
+        "projections": fits_module(state.get("projections"), run.objective.projections),
+        "optimizer": fits_optimizer(state["optimizer"], run.optimizer),
+        "scaler": not run.scaler.is_enabled() or is_scaler(state["scaler"]),
     }
     for name in ("best_scores", "teacher_scores"):
         scores = state.get(name)
-        is_right[name] = scores is None or len(scores["iou"]) == classes
-    is_right["optimizer"] = fits_optimizer(state["optimizer"], optimizer)
-    is_right["scaler"] = not scaler.is_enabled() or is_scaler(state["scaler"])
+        is_right[name] = scores is None or len(scores["iou"]) == run.student.num_classes
     require(is_right, path)
 
 

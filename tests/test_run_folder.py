@@ -325,7 +325,8 @@ def test_a_second_command_is_refused_and_the_first_ends_well(run):
     assert f"is being written by another run (process {first.pid})" in output
     first.communicate()
     assert first.returncode == 0
-    assert [row[0] for row in rows(run)[1:]] == [str(step) for step in range(1, 61)]
+    steps = [int(row[0]) for row in rows(run)[1:]]
+    assert steps == list(range(1, 61))
 
 
 # ---------------------------------------------------------------- a training state from a stranger
@@ -457,8 +458,9 @@ def test_moments_that_share_their_memory_are_taken_apart(run, original):
     resume(run)
     resume(dense)
     assert rows(run) == rows(dense)
-    weights = [torch.load(path / "last.pth", weights_only=True)["model"] for path in (run, dense)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    one = torch.load(run / "last.pth", weights_only=True)["model"]
+    other = torch.load(dense / "last.pth", weights_only=True)["model"]
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_of_another_optimizers_hyperparameters_keeps_its_flags(run, original):
