@@ -201,13 +201,25 @@ def run_damages():
             damages[f"{name}: {change.__name__}"] = (
                 lambda trial, name=name, change=change: change(trial.run / name))
     for what, change in HOSTILE_STATES.items():
-        damages[f"state: {what}"] = lambda trial, change=change: edit_run(trial.run, change)
+        damages[f"state: {what}"] = lambda trial, change=change: edit_whole(trial, change)
     damages["last.pth: fuzzed"] = lambda trial: fuzz_file(trial, trial.run / "last.pth")
     damages["best.pth: fuzzed"] = lambda trial: fuzz_file(trial, trial.run / "best.pth")
     return damages
 
 
+def edit_whole(trial, change):
+    require_file(trial.run / "last.pth")
+    edit_run(trial.run, change)
+
+
+def require_file(path):
+    """Damaged before, it may be a pipe by now, which nobody writes to."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+
+
 def fuzz_file(trial, path):
+    require_file(path)
     path.write_bytes(mutate(path.read_bytes(), trial.rng))
 
 
@@ -249,8 +261,8 @@ def apply_some(trial, damages, most):
         trial.words.append(name)
         try:
             damages[name](trial)
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            trial.words[-1] += f" (not done: {type(error).__name__})"        # damaged before
+        except Exception as error:                     # what it should damage is damaged already
+            trial.words[-1] += f" (not done: {type(error).__name__})"
 
 
 def prepare(trial, original):
