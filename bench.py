@@ -16,6 +16,11 @@ of its own and in the same setting on both sides: look at the ratios, and at how
 over the rounds (extras/measure.py).
 """
 
+if __name__ == "__main__":
+    # Before torch, whose import takes seconds in which a Ctrl-C may come.
+    from extras import quiet_start
+    quiet_start.begin()
+
 import argparse
 import json
 import platform

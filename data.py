@@ -33,6 +33,11 @@ References
   Xie et al., SegFormer, 2021: the augmentation (random scale, crop, flip, photometric distortion)
 """
 
+if __name__ == "__main__":
+    # Before torch, whose import takes seconds in which a Ctrl-C may come.
+    from extras import quiet_start
+    quiet_start.begin()
+
 import colorsys
 import contextlib
 import importlib

@@ -21,6 +21,11 @@ References
   then the mean over classes
 """
 
+if __name__ == "__main__":
+    # Before torch, whose import takes seconds in which a Ctrl-C may come.
+    from extras import quiet_start
+    quiet_start.begin()
+
 import argparse
 import contextlib
 import json

@@ -36,6 +36,11 @@ References
   Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, arXiv:1711.05101: AdamW
 """
 
+if __name__ == "__main__":
+    # Before torch, whose import takes seconds in which a Ctrl-C may come.
+    from extras import quiet_start
+    quiet_start.begin()
+
 import argparse
 import contextlib
 import math
@@ -52,12 +57,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import CITYSCAPES, IGNORE, Augment, DatasetError, Stream, open_dataset
+from data import CITYSCAPES, IGNORE, Augment, Stream, open_dataset
 from eval import evaluate, scores
 from extras import other_losses
 from extras.cli import (
     AMP_DTYPES,
     NotFinite,
+    UsageError,
     keep_freed_memory,
     run_command,
     show_progress,
@@ -73,23 +79,18 @@ from extras.distributed import (
     world_size,
 )
 from extras.few_labels import MixedStream, Unlabelled, labels_for_kl, split_labelled
+from extras.memory import check_memory
 from extras.pixel_counts import cached_pixel_counts
-from extras.provenance import check_classes, has_classes_of, warn_of_leak
+from extras.provenance import check_classes, check_finite, has_classes_of, warn_of_leak
 from extras.run_folder import (
-    Board,
-    Stop,
     check_reads_back,
-    check_schedule,
     find_run,
-    ignore_signals,
     is_restart_of,
-    merge_resumed_flags,
-    new_progress,
-    restore,
     save,
-    stopped,
-    summary_writer,
+    save_best,
 )
+from extras.run_lock import RunLock
+from extras.run_logs import Board, summary_writer
 from extras.run_report import (
     LossLog,
     ScoreLog,
@@ -99,8 +100,23 @@ from extras.run_report import (
     note_stretched_schedule,
     open_run_folder,
 )
+from extras.same_run import (
+    check_origin,
+    check_same_classes,
+    check_schedule,
+    describe_origin,
+    merge_resumed_flags,
+)
 from extras.starting_weights import make_student
+from extras.stopping import (
+    Stop,
+    keep_what_was_done,
+    prepare_worker,
+    start_workers,
+    stopped,
+)
 from extras.train_flags import NOT_NEGATIVE, POSITIVE, TrainFlags
+from extras.training_state import check_fits, new_progress, restore
 from extras.weight_average import WeightAverage
 from losses import (
     Projections,
@@ -351,6 +367,7 @@ class Task:
     command: str                                       # what a user types to go on
     flags: object                                      # parse, all_flags, note_unused: TrainFlags
     make_networks: Callable                            # as make_networks
+    ready_teacher: Callable                            # as ready_teacher
     make_stream: Callable                              # as make_stream
     save: Callable = save_checkpoint
     load: Callable = load_checkpoint
@@ -526,13 +543,25 @@ def run_training(args, given, task=None):
 
     task: what is trained, a Task; None: the paper's segmenter
     """
-    run = prepare(args, given, task)
+    with RunLock() as lock:
+        run = prepare(args, given, lock, task)
+        train_all_steps(run)
+        with no_compiling(run.args):
+            finish(run)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return Result(run.progress["best_scores"], run.progress["teacher_scores"], run.folder)
+
+
+def train_all_steps(run):
+    """The steps, with their validations and checkpoints. Raises Stopped, after saving."""
     with contextlib.closing(run.board), Stop() as stop:
         for step in range(run.start, run.args.iters):
             done = step + 1
             lr = set_learning_rate(run, step)
             seed_step(run.args.seed, step)
-            images, labels = next_batch(run, step, stop)
+            with keep_what_was_done(run, step, stop, save):
+                images, labels = next_batch(run)
             values = take_step(run, step, images, labels)
             if run.average is not None:
                 run.average.update(run.student, step)
@@ -551,12 +580,6 @@ def run_training(args, given, task=None):
             if signal_number and done < run.args.iters:
                 raise stopped(signal_number, done, run)
 
-    with no_compiling(run.args):
-        finish(run)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return Result(run.progress["best_scores"], run.progress["teacher_scores"], run.folder)
-
 
 def seed_step(seed, step):
     """Drop-path and dropout of this step are drawn as in a run that was never stopped."""
@@ -570,26 +593,10 @@ def set_learning_rate(run, step):
     return lr
 
 
-def next_batch(run, step, stop):
-    """-> images (B, 3, H, W) in [0, 1] and labels (B, H, W), on the device.
-
-    What was trained is saved before an error is passed on.
-    """
+def next_batch(run):
+    """-> images (B, 3, H, W) in [0, 1] and labels (B, H, W), on the device."""
     asked = time.time()
-    try:
-        batch = next(run.batches)
-    except DatasetError:
-        # A frame broke since the run began.
-        run.loss_log.flush()
-        save(run, step)
-        raise
-    except RuntimeError:
-        # SIGTERM may have reached a loader's worker before this process.
-        if not stop.number:
-            raise
-        run.loss_log.flush()
-        save(run, step)
-        raise stopped(stop.number, step, run) from None
+    batch = next(run.batches)
     run.loss_log.add_waiting(time.time() - asked)
     images, labels = (part.to(run.device, non_blocking=True) for part in batch)
     return images.float() / 255, labels
@@ -623,8 +630,8 @@ def validate(run, step):
     if is_better:
         run.progress["best_scores"] = result | {"step": step}
     run.score_log.add(step, result, is_better)
-    if is_better and rank() == 0:
-        run.task.save(run.network, run.folder / "best.pth", scores=result, step=step)
+    if is_better:
+        save_best(run, result, step)
 
 
 def evaluate_together(model, dataset, progress=None):
@@ -638,41 +645,40 @@ def evaluate_together(model, dataset, progress=None):
 
 # ------------------------------ what is made before the first step
 
-def prepare(args, given, task=None):
+def prepare(args, given, lock, task=None):
     """Everything that the loop needs; what is wrong is said here, not after an hour. -> Run"""
     task = task or SEGMENTATION
-    folder, saved = None, None
+    folder, saved, state = None, None, None
     if args.resume or is_restart_of(args.out):
-        folder, saved = find_run(args.out, task)
-        stored = saved["training"]["args"]
-        args = argparse.Namespace(**merge_resumed_flags(task.flags.all_flags(), stored, given))
-        step = saved["training"]["step"]
-        note_stretched_schedule(args, stored, step, folder, learning_rate)
+        folder, saved = find_run(args.out, task, lock)
+        state = saved["training"]
+        args = resumed_flags(state, given, folder, task)
     else:
         task.flags.note_unused(args, given)
     if args.tensorboard:
         summary_writer()                               # absent: said before anything is done
     device = join_processes(args.device)
+    check_memory(args, device)
 
     train_set, unlabelled_set, val_set = open_splits(args)
     total_batch = args.batch_size * args.accum * world_size()
     settle_schedule(args, len(train_set), total_batch)
     if saved:
-        check_schedule(args, saved["training"], total_batch, folder)
+        check_schedule(args, state, total_batch, folder)
+        check_same_classes(saved.get("classes"), train_set.classes, folder)
     cached_pixel_counts(val_set)                       # reads every label
 
     resumed = folder / "last.pth" if saved else None
     student, teacher, objective = task.make_networks(args, train_set, device, resumed)
     if dist.is_initialized() and device.type == "cuda":
         objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    origin = describe_origin(train_set, unlabelled_set, val_set, teacher, objective.class_weight)
+    if teacher is not None:
+        teacher = task.ready_teacher(teacher, student).to(device)
     optimizer = make_optimizer(objective, args, device)
     check_owned(objective, optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and device.type != "mps")
     average = WeightAverage(student, args.ema) if args.ema else None
-    progress = new_progress()
-    if saved:
-        progress = restore(saved["training"], objective, optimizer, scaler)
-    del saved                                          # its tensors need not stay in memory
 
     run = Run(args, device, objective, teacher, optimizer, scaler, objective, task)
     run.average = average
@@ -680,18 +686,37 @@ def prepare(args, given, task=None):
     run.unlabelled_set = unlabelled_set
     run.val_set = val_set
     run.total_batch = total_batch
-    run.progress = progress
-    run.start = progress["step"]
+    run.progress = new_progress() | {"origin": origin}
     run.folder = folder
-    open_run_folder(run)
+    if saved:
+        go_on_from(state, run)
+        del saved, state                               # their tensors need not stay in memory
+    open_run_folder(run, lock)
     score_teacher(run)
     if args.compile:
         compile_networks(run)
-    run.batches = iter(make_loader(run))
+    run.batches = start_workers(make_loader(run))
     if dist.is_initialized():
         run.parallel = DistributedDataParallel(objective)
     open_logs(run)
     return run
+
+
+def resumed_flags(state, given, folder, task):
+    """-> the flags of the run in `folder`, with those given now that may change."""
+    task.flags.check_stored(state["args"], folder / "last.pth")
+    args = argparse.Namespace(**merge_resumed_flags(task.flags.all_flags(), state, given))
+    note_stretched_schedule(args, state["args"], state["step"], folder, learning_rate)
+    return args
+
+
+def go_on_from(state, run):
+    """Put the training state of its last.pth into a run that was just made."""
+    check_origin(state.get("origin"), run.progress["origin"], run.args, run.folder)
+    check_fits(state, run, run.folder / "last.pth")
+    origin = run.progress["origin"]
+    run.progress = restore(state, run) | {"origin": origin}
+    run.start = run.progress["step"]
 
 
 def open_logs(run):
@@ -733,26 +758,32 @@ def settle_schedule(args, train_frames, total_batch):
 
 
 def make_networks(args, train_set, device, resumed):
-    """-> (student, teacher or None, objective) on `device`.
+    """-> (student, teacher as it is in its file or None, objective on `device`).
 
     resumed: the last.pth that the run goes on with, or None.
     """
     student = make_student(args, train_set.classes, resumed)
+    check_finite(student, resumed or args.init)
     note_training(student, args, train_set)
 
     teacher, projections = None, None
     if args.teacher:
         teacher = load_checkpoint(args.teacher)
+        check_finite(teacher, args.teacher)
         if reads_teachers_logits(args):                # features may come from other classes
             check_classes(teacher, args.teacher, train_set)
         warn_of_leak(teacher, args.teacher, args)
         projections = Projections(SIZES[args.student]["dims"], SIZES[teacher.variant]["dims"])
-        teacher.input_size = student.input_size        # it is judged at the size it teaches at
-        teacher = teacher.fold().to(device)            # frozen: eval mode, no gradients
 
     class_weight = choose_class_weights(args, train_set)
     objective = Objective(student, projections, args, class_weight).to(device)
     return student, teacher, objective
+
+
+def ready_teacher(teacher, student):
+    """-> the teacher as it teaches: frozen, in eval mode, judged at the size it teaches at."""
+    teacher.input_size = student.input_size
+    return teacher.fold()
 
 
 def note_training(student, args, train_set):
@@ -821,7 +852,10 @@ def score_teacher(run):
         return
     result = run.progress["teacher_scores"]
     if not result:
-        result = evaluate_together(run.teacher, run.val_set, show_progress("teacher"))
+        try:
+            result = evaluate_together(run.teacher, run.val_set, show_progress("teacher"))
+        except NotFinite as error:
+            raise UsageError(f"{run.args.teacher}: {error}") from None
         run.progress["teacher_scores"] = result
     print(f"teacher {run.args.teacher}: mIoU {100 * result['miou']:.2f} % "
           f"on {run.val_set.name} {held_out(run.args)}, full resolution", flush=True)
@@ -835,17 +869,13 @@ def make_loader(run):
     args = run.args
     stream = run.task.make_stream(run)
     local_batch = args.batch_size * args.accum
-    batches = []
-    for step in range(run.start, args.iters):
-        first = step * run.total_batch + rank() * local_batch
-        batches.append(range(first, first + local_batch))
     return torch.utils.data.DataLoader(
         stream,
-        batch_sampler=batches,
+        batch_sampler=Batches(run.start, args.iters, run.total_batch, local_batch),
         num_workers=args.workers,
         pin_memory=run.device.type == "cuda",
         prefetch_factor=4 if args.workers else None,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=prepare_worker,
     )
 
 
@@ -860,10 +890,27 @@ def make_stream(run):
     return MixedStream(stream, others)
 
 
+class Batches:
+    """The sample numbers of this process's part of each step. They are made one step at a time: a
+    list of them would take as long as the run is.
+    """
+
+    def __init__(self, start, iters, total_batch, local_batch):
+        self.steps = range(start, iters)
+        self.total_batch = total_batch
+        self.local_batch = local_batch
+
+    def __iter__(self):
+        for step in self.steps:
+            first = step * self.total_batch + rank() * self.local_batch
+            yield range(first, first + self.local_batch)
+
+
 # ------------------------------ flags
 
 FLAGS = TrainFlags(DEFAULTS, DATASET_DEFAULTS, DISTILLATION)
-SEGMENTATION = Task("segmentation", "python train.py", FLAGS, make_networks, make_stream)
+SEGMENTATION = Task(
+    "segmentation", "python train.py", FLAGS, make_networks, ready_teacher, make_stream)
 
 
 def main():

@@ -10,15 +10,18 @@ that several have.
 
 A command ends with one of these exit codes, and with a sentence on stderr for each but 0:
 
-    0     done; or told to stop by SIGTERM, after saving
+    0     done; or told to stop, by SIGTERM, SIGHUP or the loss of its output, after saving
     1     the computation broke: a loss that is not finite, another process of the run that failed
     2     a user's mistake: a wrong flag, path, file or data set
     130   Ctrl-C
 """
 
 import argparse
+import contextlib
 import ctypes
 import math
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,6 +30,7 @@ import torch
 
 from data import DatasetError
 from extras.printable import printable
+from extras.quiet_start import leave_at_once
 from model import CheckpointError
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,9 +51,7 @@ class ProcessLost(RuntimeError):
 
 
 class Stopped(Exception):
-    """The run was told to stop, and has saved; `code` is the exit code: 0 after SIGTERM, 130 after
-    Ctrl-C.
-    """
+    """The run was told to stop, and has saved; `code` is the exit code: 130 after Ctrl-C, or 0."""
 
     def __init__(self, message, code):
         super().__init__(message)
@@ -57,6 +59,8 @@ class Stopped(Exception):
 
 
 USER_ERRORS = (UsageError, DatasetError, CheckpointError)
+LONGEST = 2000                                         # characters of a sentence about an error
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "out of shared memory")
 
 
 def run_command(main, end=sys.exit):
@@ -64,14 +68,17 @@ def run_command(main, end=sys.exit):
 
     No traceback for what a user can get wrong.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # an umlaut on a terminal without is written as its code
-            stream.reconfigure(errors="backslashreplace")
+    prepare_streams()
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, leave_at_once):
+        signal.signal(signal.SIGINT, interrupt)
     try:
         code = main()
+    except SystemExit as error:                        # of --help
+        code = error.code
     except (Exception, KeyboardInterrupt) as error:
         code = report(error)
-    end(code)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # nothing is left to be interrupted
+    end(drop_output(code))
 
 
 def report(error):
@@ -79,20 +86,27 @@ def report(error):
     a bug of ours.
     """
     if isinstance(error, Stopped):
-        print(error, flush=True)
+        print(printable(error, LONGEST), flush=True)
         return error.code
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or Interrupted.came:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)   # a third one has nothing left to stop
         print("stopped at once; what was saved before is whole", file=sys.stderr)
         return 130
     if isinstance(error, USER_ERRORS):
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 2
     if isinstance(error, (NotFinite, ProcessLost)):
-        print(f"error: {sentence_of(error)}", file=sys.stderr)
+        print(f"error: {printable(error, LONGEST)}", file=sys.stderr)
         return 1
     if isinstance(error, OSError):
-        where = printable(error.filename or "cannot write", 2000)
-        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
+        where = error.filename or "cannot write"
+        if isinstance(error, BrokenPipeError):
+            where = "the output"
+        print(f"error: {printable(where, LONGEST)}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    if is_out_of_memory(error):
+        print(f"error: the memory is too small ({first_line_of_allocator(error)}): a smaller "
+              "--batch-size, --crop or --size needs less", file=sys.stderr)
         return 2
     raise error
 
@@ -104,7 +118,85 @@ def sentence_of(error):
     message = str(error).strip()
     if message.startswith("Caught "):
         message = message.rpartition("data.DatasetError: ")[2]
-    return printable(message, 2000)
+    return printable(message, LONGEST)
+
+
+def is_out_of_memory(error):
+    """Did an allocator, of torch, numpy or Python, find no memory?"""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def first_line_of_allocator(error):
+    """The line of an allocator's message that says how much was asked for."""
+    lines = str(error).strip().splitlines() or ["nothing more is known"]
+    telling = [line for line in lines if any(sign in line for sign in OUT_OF_MEMORY)]
+    return printable((telling or lines)[0], LONGEST)
+
+
+# ------------------------------ the streams, and Ctrl-C
+
+class Patient:
+    """A stream for errors that nobody may be reading: what cannot be written is left out."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def prepare_streams():
+    """Let nothing that is printed end a command: a character that the terminal's encoding lacks is
+    escaped, and a stream that was closed is replaced.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+            setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stderr = Patient(sys.stderr)
+
+
+def drop_output(code):
+    """Flush the output while an error can still be said, which at Python's end it cannot.
+
+    -> the exit code: `code`, or 2 where all went well but for the output
+    """
+    try:
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        if not code:
+            print(f"error: the output: {error.strerror}", file=sys.stderr)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        return code or 2
+
+
+class Interrupted:
+    """Was Ctrl-C pressed? Raised inside an import or a library, a KeyboardInterrupt can come out as
+    any other error.
+    """
+    came = False
+
+
+def interrupt(number, frame):
+    """What Ctrl-C does to a command, but for the steps of a training run (extras/stopping.py)."""
+    Interrupted.came = True
+    raise KeyboardInterrupt
 
 
 # ------------------------------ the machine
@@ -121,8 +213,8 @@ def pick_device(name):
         else:
             name = "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=name).tolist()                      # "meta" has no values to give
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {name!r} is not to be had here: {reason}") from None
     return torch.device(name)

@@ -45,10 +45,27 @@ def is_started_by_torchrun():
     return "RANK" in os.environ
 
 
+def is_first_process():
+    """Is this the one that writes? Known before `join_processes`, unlike rank()."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_environment():
+    """Raise UsageError where torchrun's variables are there in part, or are no numbers."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdecimal():
+            raise UsageError(f"RANK is set, as torchrun does, but {name} is no number: start it "
+                             "with torchrun, or unset RANK")
+    if not os.environ.get("MASTER_ADDR"):
+        raise UsageError("RANK is set, as torchrun does, but MASTER_ADDR is not: start it with "
+                         "torchrun, or unset RANK")
+
+
 def join_processes(device_name):
     """Under torchrun: join the others. -> this process's device. Raises UsageError."""
     if not is_started_by_torchrun():
         return pick_device(device_name)
+    check_environment()
     device = device_of_process(device_name)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, **rendezvous_store())
@@ -91,7 +108,7 @@ def rendezvous_store():
 
 def was_restarted():
     """Did torchrun (--max-restarts) start this process again?"""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
 def explain_lost_process(error):

@@ -12,7 +12,7 @@ import torch
 from eval import confusion_matrix, network_logits, scores
 from extras.comparison import spread_indices
 from extras.distributed import rank
-from extras.run_folder import Log
+from extras.run_logs import Log
 from losses import IGNORE, resize, weighted_cross_entropy
 
 TRAIN_FRAMES = 100

@@ -7,7 +7,7 @@ import sys
 from extras.cli import UsageError, number
 from extras.prompt_model import DIM
 from extras.prompt_words import TOKENIZERS
-from extras.train_flags import SHARE, TrainFlags
+from extras.train_flags import NEEDED, SHARE, TrainFlags
 
 DEFAULTS = {
     "student": "b0",
@@ -99,6 +99,13 @@ class PromptFlags(TrainFlags):
             raise UsageError("--reset-text goes with --init: from scratch all of it is new")
         if args.text_vectors and "tokenizer" in given:
             raise UsageError("--text-vectors stands in place of a --tokenizer: give one")
+
+    def needed_flags(self, stored):
+        """-> the flags without which a run with the others cannot go on."""
+        needed = [name for name in NEEDED if name != "loss"]
+        if stored.get("fold") is not None:
+            needed.append("folds")
+        return [*needed, "phase", "prompts", "absent", "empty", "dim"]
 
     def check_settled(self, args):
         """Nothing of the losses can be chosen here."""

@@ -101,7 +101,7 @@ class PromptObjective(nn.Module):
 # ---------------------------------------------------------------- networks
 
 def make_networks(args, train_set, device, resumed):
-    """-> (student, teacher or None, objective) on `device`, as train.make_networks."""
+    """-> (student, teacher or None, objective on `device`), as train.make_networks."""
     student = make_student(args, train_set.classes, resumed)
     note_training(student, args, train_set)
     teacher = None
@@ -109,7 +109,6 @@ def make_networks(args, train_set, device, resumed):
         teacher = open_teacher(args, student, train_set)
         if args.phase == 1 and not resumed and not args.init:
             borrow_head(student, teacher)
-        teacher = teacher.to(device)
     objective = PromptObjective(student, args.phase).to(device)
     return student, teacher, objective
 
@@ -206,5 +205,10 @@ def make_stream(run):
     return PromptStream(stream, args.empty, args.seed)
 
 
+def ready_teacher(teacher, student):
+    """-> the teacher as it teaches: open_teacher has frozen it."""
+    return teacher
+
+
 PROMPT_TASK = Task("prompt", "python -m extras.prompt train", PROMPT_FLAGS, make_networks,
-                   make_stream, save_prompt, load_prompt)
+                   ready_teacher, make_stream, save_prompt, load_prompt)

@@ -40,6 +40,13 @@ def check_classes(model, path, dataset):
                          f"its {own!r} stands where the data has {other!r}")
 
 
+def check_finite(model, path):
+    """Refuse a network with a weight that is NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UsageError(f"{path}: its weights are not finite, first {name}")
+
+
 # ---------------------------------------------------------------- data and folds
 
 def training_data(model):

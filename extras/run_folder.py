@@ -1,5 +1,4 @@
-"""A run's folder and its safety: its name, its logs, its checkpoints, going on after a stop, and
-being told to stop.
+"""A run's folder: its name, its checkpoints, going on after a stop.
 
     RUN/last.pth       all that resuming needs; written beside, flushed to the disk, then renamed:
                        whole or not there
@@ -9,63 +8,96 @@ being told to stop.
     RUN/scores.csv     every validation
     RUN/fit.csv        with --fit-log: loss and mIoU of train and val frames at every validation
     RUN/recipe.json    the effective flags, the machine, the versions
- SIGTERM (a machine that is taken away) and Ctrl-C finish the step and save; `python train.py
---resume` goes on from there.
+    RUN/pictures.png   frames, truth, and what teacher and student say
+    RUN/run.lock       one process at a time writes here: see run_lock.py
+
+SIGTERM (a machine that is taken away), SIGHUP, Ctrl-C and an output that broke finish the step and
+save; `python train.py --resume` goes on from there: see stopping.py.
 """
 
 import contextlib
-import csv
 import io
 import os
-import signal
 import subprocess
-import sys
-import threading
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from extras.cli import Stopped, UsageError, make_folder
-from extras.distributed import all_reduce, rank, was_restarted
+from extras import run_lock
+from extras.cli import UsageError, make_folder
+from extras.distributed import is_first_process, rank, was_restarted
+from extras.stopping import until_written
+from extras.training_state import check_training_state
 from model import CheckpointError, read_checkpoint
 
-# On --resume; every other flag is the experiment.
-MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every", "tensorboard", "cache",
-              "compile")
-TRAINING_STATE = {"step", "args", "optimizer", "scaler", "best_scores"}
+RUN_FILES = ("last.pth", "previous.pth", "best.pth", "log.csv", "scores.csv", "fit.csv",
+             "recipe.json", "pictures.png", "tensorboard")
 
 
 # ------------------------------ the folder
 
-def choose_folder(args):
-    """--out, or runs/DATA-STUDENT[-kd], numbered when that is taken. Raises UsageError for a used
-    --out.
+def choose_folder(args, lock):
+    """-> --out, or runs/DATA-STUDENT[-kd], numbered when that is taken; it is this run's from now
+    on. Raises UsageError for a used --out.
     """
     if args.out:
-        folder = Path(args.out)
-        if (folder / "last.pth").exists() or (folder / "best.pth").exists():
-            raise UsageError(f"{folder} already holds a run: add --resume to go on with it, "
-                             "or choose another --out")
-        return make_folder(folder)
+        folder = make_folder(args.out)
+        refuse_others_files(folder)
+        lock.take(folder)
+        # While it waited for the lock, another run may have begun, and ended.
+        refuse_run(folder)
+        return folder
 
     kind = args.data.split(":")[0]
     name = f"runs/{kind}-{args.student}"
     if args.teacher:
         name += "-kd"
+    folder = make_numbered_folder(name)
+    lock.take(folder)
+    return folder
+
+
+def make_numbered_folder(name):
+    """-> NAME, NAME-2, NAME-3 ...: the first that was not there, made."""
     folder = Path(name)
+    make_folder(folder.parent)
     number = 1
-    while folder.exists():
-        number += 1
-        folder = Path(f"{name}-{number}")
-    return make_folder(folder)
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = Path(f"{name}-{number}")
 
 
-def find_run(out, task):
+def refuse_run(folder):
+    """Raise UsageError for a folder with a run that can go on, or has ended."""
+    if (folder / "last.pth").exists() or (folder / "best.pth").exists():
+        raise UsageError(f"{folder} already holds a run: add --resume to go on with it, "
+                         "or choose another --out")
+
+
+def refuse_others_files(folder):
+    """Raise UsageError where a new run would overwrite something.
+
+    A folder with a run.lock and no last.pth is of a run that was killed before its first
+    checkpoint: there is nothing to go on with, and it may begin again.
+    """
+    refuse_run(folder)
+    if os.path.lexists(folder / run_lock.NAME):
+        return
+    for name in RUN_FILES:
+        if os.path.lexists(folder / name):
+            raise UsageError(f"{folder / name} is there already, and a run would overwrite it: "
+                             "choose another --out, or move it away")
+
+
+def find_run(out, task, lock=None):
     """-> (folder, contents of its last.pth) for --resume: `out`, or for None the newest run under
     runs/.
 
-    Raises UsageError, also for the run of another task than train.py's `task`.
+    task: train.py's Task; the run of another one is refused
+    lock: a RunLock for the folder, to be taken before anything is read
+    Raises UsageError.
     """
     if out:
         last = Path(out) / "last.pth"
@@ -77,6 +109,8 @@ def find_run(out, task):
         raise UsageError(f"nothing to resume: no last.pth in {where}")
 
     folder = last.parent
+    if lock and is_first_process():
+        lock.take(folder)
     try:
         content = read_run(last)
     except (UsageError, CheckpointError) as error:
@@ -85,9 +119,31 @@ def find_run(out, task):
     if trained != task.name:
         raise UsageError(f"{folder} is a run of another kind, {trained}: {task.command} trains "
                          f"{task.name} and cannot go on with it")
-    if content["training"]["best_scores"] and not (folder / "best.pth").exists():
-        raise UsageError(f"{folder} has a last.pth but no best.pth: the run needs both to go on")
+    best_scores = content["training"]["best_scores"]
+    if best_scores:
+        check_best(folder / "best.pth", best_scores, task)
     return folder, content
+
+
+def check_best(path, best_scores, task):
+    """Raise UsageError where best.pth is not the student that has these scores.
+
+    It may be a later one: where the run was killed between writing best.pth and last.pth, it will
+    come to the same student again.
+    """
+    if not path.exists():
+        raise UsageError(f"{path.parent} has a last.pth but no best.pth: the run needs both to "
+                         "go on")
+    try:
+        its_step = read_checkpoint(path).get("step", best_scores["step"])
+        student = load_quietly(path, task)
+    except CheckpointError as error:
+        raise UsageError(f"{error}; the run needs its best.pth to go on: put back a copy of it, "
+                         "or start a new run") from None
+    is_later = type(its_step) is int and its_step >= best_scores["step"]
+    if not is_later or student.num_classes != len(best_scores["iou"]):
+        raise UsageError(f"{path} is not the run's best student, that of step "
+                         f"{best_scores['step']}: put back the right one, or start a new run")
 
 
 def is_restart_of(out):
@@ -95,44 +151,12 @@ def is_restart_of(out):
     return was_restarted() and bool(out) and (Path(out) / "last.pth").exists()
 
 
-def merge_resumed_flags(no_flags, stored, given):
-    """The flags of a run that goes on, each a dict {name: value}.
-
-    no_flags: every flag, None (an older run lacks newer ones); stored: the run's own; given: those
-    given now, of which only MAY_CHANGE may differ. Raises UsageError.
-    """
-    for name, value in given.items():
-        if name in MAY_CHANGE or (name == "amp" and value == "auto"):
-            continue
-        if value != stored.get(name):
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {value} differs from the resumed run's {stored.get(name)}: "
-                             "that would be another experiment; leave it out, or start a new run")
-    merged = no_flags | stored
-    for name in MAY_CHANGE:
-        if name in given:
-            merged[name] = given[name]
-    return merged
-
-
-def check_schedule(args, state, total_batch, folder):
-    """Raise UsageError if a run cannot go on from its training state with these flags."""
-    if state["total_batch"] != total_batch:
-        raise UsageError(f"{folder} was trained with {state['total_batch']} images a step, "
-                         f"this would be {total_batch}")
-    if state["step"] > args.iters:
-        raise UsageError(f"{folder} has {state['step']} steps behind it already: "
-                         "--iters can only grow")
-
-
 # ------------------------------ checkpoints
 
 def read_run(path):
-    """-> what a last.pth holds. Raises CheckpointError or UsageError."""
+    """-> what a last.pth holds, checked. Raises CheckpointError or UsageError."""
     content = read_checkpoint(path)
-    state = content.get("training")
-    if not isinstance(state, dict) or not set(state) >= TRAINING_STATE:
-        raise UsageError(f"{path} is a checkpoint but not a run: it has no training state")
+    check_training_state(content.get("training"), path)
     return content
 
 
@@ -145,32 +169,6 @@ def offer_previous(folder):
         return ""
     return (f"; the checkpoint before it is whole (step {step}): "
             f"cp {previous} {folder / 'last.pth'} to go on from there")
-
-
-def new_progress():
-    """What a run has come to: kept in last.pth beside the weights."""
-    return {
-        "step": 0,
-        "seconds": 0.0,  # of training
-        "best_scores": None,
-        "teacher_scores": None,
-        "skipped": 0,  # steps that fp16's scaler left out
-        "skipped_in_a_row": 0,
-    }
-
-
-def restore(state, objective, optimizer, scaler):
-    """Put the training state of a last.pth beside the student's weights. -> its progress"""
-    if objective.projections is not None:
-        objective.projections.load_state_dict(state["projections"])
-    if "student" in state:                             # beside its average, with --ema
-        objective.student.load_state_dict(state["student"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    progress = new_progress()
-    for name, value in progress.items():
-        progress[name] = state.get(name, value)  # an older version's file lacks what came later
-    return progress
 
 
 def save(run, step):
@@ -196,8 +194,16 @@ def save(run, step):
 def save_last(run, training):
     """Write last.pth and keep the one before it as previous.pth; at no moment is there none."""
     last = run.folder / "last.pth"
-    keep_as_previous(last, run.folder / "previous.pth")
-    run.task.save(run.network, last, step=training["step"], training=training)
+    with until_written():
+        keep_as_previous(last, run.folder / "previous.pth")
+        run.task.save(run.network, last, step=training["step"], training=training)
+
+
+def save_best(run, result, step):
+    """best.pth: the network with these scores."""
+    if rank() == 0:
+        with until_written():
+            run.task.save(run.network, run.folder / "best.pth", scores=result, step=step)
 
 
 def keep_as_previous(last, previous):
@@ -220,88 +226,15 @@ def check_reads_back(path, task):
     Raises UsageError.
     """
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            task.load(path)
+        load_quietly(path, task)
     except CheckpointError as error:
         raise UsageError(f"what this run would save cannot be loaded again: {error}") from None
 
 
-# ------------------------------ logs
-
-class Log:
-    """A CSV file that the first process writes; on resume the rows after `step` are dropped and
-    will be written again.
-    """
-
-    def __init__(self, folder, name, columns, step):
-        self.file = None
-        if rank() > 0:
-            return
-        path = folder / name
-        partial = folder / f"{name}.partial"
-        with open(partial, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(rows_until(path, step))
-        os.replace(partial, path)  # killed while rewriting, the old rows are still there
-        self.file = open(path, "a", newline="")  # noqa: SIM115  open as long as the run
-
-    def add(self, rows):
-        if self.file:
-            csv.writer(self.file).writerows(rows)
-            self.file.flush()
-
-
-def rows_until(path, step):
-    """-> the rows of a log up to `step`, without its header; none where there is no such file."""
-    if step == 0 or not path.exists():
-        return []
-    rows = []
-    with open(path, newline="") as file:
-        for row in csv.reader(file):
-            if row and row[0].isdigit() and int(row[0]) <= step:
-                rows.append(row)
-    return rows
-
-
-class Board:
-    """The same numbers, and pictures, for TensorBoard in RUN/tensorboard; without --tensorboard
-    nothing is written.
-    """
-
-    def __init__(self, folder, wanted, start):
-        self.writer = None
-        if wanted and rank() == 0:
-            purge_step = start + 1 if start else None
-            self.writer = summary_writer()(folder / "tensorboard", purge_step=purge_step)
-
-    def add_rows(self, group, columns, rows):
-        """rows: of a log, each begins with its step; columns: the names of what follows it."""
-        if self.writer is None:
-            return
-        for step, *values in rows:
-            for name, value in zip(columns, values, strict=True):
-                self.writer.add_scalar(f"{group}/{name}", float(value), int(step))
-
-    def add_picture(self, step, picture):
-        """picture: RGB (H, W, 3)."""
-        if self.writer:
-            self.writer.add_image("val", picture, step, dataformats="HWC")
-            self.writer.flush()
-
-    def close(self):
-        if self.writer:
-            self.writer.close()
-
-
-def summary_writer():
-    """-> TensorBoard's writer class. Raises UsageError where the package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError(
-            "--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    return SummaryWriter
+def load_quietly(path, task):
+    """The task's network in a checkpoint, without the line that loading prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return task.load(path)
 
 
 def git_commit():
@@ -313,64 +246,3 @@ def git_commit():
     except OSError:
         return ""
     return result.stdout.strip()
-
-
-# ------------------------------ being told to stop
-
-class Stop:
-    """Inside `with Stop() as stop`, SIGTERM and Ctrl-C only leave a note; a second Ctrl-C stops at
-    once.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self):
-        self.number = 0
-        self.handlers_before = {}
-
-    def __enter__(self):
-        # no other thread may set handlers
-        if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                self.handlers_before[number] = signal.signal(number, self.note)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = self.number or number
-        name = signal.Signals(number).name
-        print(f"\n{name}: finishing this step, then saving (Ctrl-C again stops at once)",
-              file=sys.stderr, flush=True)
-
-    def asked(self, device, every_process):
-        """-> the signal's number or 0. Several processes stop after the same step: they ask each
-        other, when all of them ask.
-        """
-        if not dist.is_initialized():
-            return self.number
-        if not every_process:
-            return 0
-        number = torch.tensor(self.number, device=device)
-        return int(all_reduce(number, dist.ReduceOp.MAX))
-
-
-def stopped(number, step, run):
-    """-> the exception for a run that was told to stop by signal `number`, and has saved."""
-    name, code = ("SIGTERM", 0) if number == signal.SIGTERM else ("Ctrl-C", 130)
-    return Stopped(f"stopped by {name} after step {step}, all of it saved; "
-                   f"to go on: {run.task.command} --resume --out {run.folder}", code)
-
-
-def ignore_signals(worker):
-    """For a loader's worker. A terminal's Ctrl-C reaches it too, and is not its to answer.
-
-    SIGTERM ends it without the noise that would make the loader raise in the middle of the last
-    step.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -14,8 +14,11 @@ from extras.cli import NotFinite
 from extras.comparison import draw_comparison, spread_indices
 from extras.distributed import rank, world_size
 from extras.fit_log import FitLog
-from extras.run_folder import Log, choose_folder, git_commit
+from extras.outputs import save_picture, write_text
+from extras.run_folder import choose_folder, git_commit
+from extras.run_logs import Log
 from extras.score_table import table
+from extras.stopping import until_written
 
 REPORT_EVERY = 20                                      # steps between two reads from the device
 MAX_SKIPS = 20                                         # that fp16's scaler may leave out in a row
@@ -23,12 +26,12 @@ MAX_SKIPS = 20                                         # that fp16's scaler may 
 
 # ------------------------------ the recipe
 
-def open_run_folder(run):
-    """Make the folder of a new run; write and print what is going to happen."""
+def open_run_folder(run, lock):
+    """Make the folder of a new run, and `lock` it; write and print what is going to happen."""
     if rank() > 0:
         return
     if run.folder is None:
-        run.folder = choose_folder(run.args)
+        run.folder = choose_folder(run.args, lock)
     recipe = write_recipe(run)
     print_recipe(run, recipe)
 
@@ -56,7 +59,7 @@ def write_recipe(run):
         commit=git_commit(),
         command=" ".join(sys.argv),
     )
-    (run.folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
+    write_text(run.folder / "recipe.json", json.dumps(recipe, indent=1))
     return recipe
 
 
@@ -312,7 +315,9 @@ def finish(run):
     results.append(best)
 
     picture = run.folder / "pictures.png"
-    draw_validation(run, models, names, frames=4).save(picture)
+    sheet = draw_validation(run, models, names, frames=4)
+    with until_written():
+        save_picture(sheet, picture)
     print(f"\n{run.val_set.name} {held_out(run.args)}, {len(run.val_set)} frames, full resolution; "
           f"student's best checkpoint: step {best['step']}")
     print(table(names, results, run.val_set.classes))

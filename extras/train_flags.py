@@ -10,13 +10,22 @@ import sys
 import torch
 
 from extras.cli import AMP_DTYPES, FlagParser, UsageError, add_fold_flags, number
+from extras.same_run import absolute_paths
+from extras.training_state import MOST_STEPS
 from model import NORMS, SIZES, SMALLEST
 
-POSITIVE_INTEGER = number(int, 1)
+POSITIVE_INTEGER = number(int, 1, MOST_STEPS)
 POSITIVE = number(float, 0.0, open_low=True)
 NOT_NEGATIVE = number(float, 0.0)
 SHARE = number(float, 0.0, 1.0)
 SIDE = number(int, SMALLEST)                                      # of an image, in pixels
+
+
+# What every version stored, and no run goes on without.
+NEEDED = ("student", "data", "iters", "batch_size", "accum", "crop", "scale_range", "lr",
+          "weight_decay", "warmup", "grad_clip", "norm", "loss", "workers", "seed", "eval_every",
+          "device")
+NEEDED_BESIDE_A_TEACHER = ("lambda_kl", "lambda_fd", "lambda_pe")
 
 
 class TrainFlags:
@@ -42,6 +51,8 @@ class TrainFlags:
         vars(args).update(self.defaults_for(kind))
         vars(args).update(given)
         self.check(args, given)
+        given = absolute_paths(given)
+        vars(args).update(given)
 
         if "epochs" in given:
             args.iters = None                                     # the data set's would overrule it
@@ -55,6 +66,40 @@ class TrainFlags:
             on_cuda = torch.cuda.is_available() and args.device.startswith(("auto", "cuda"))
             args.amp = "fp16" if on_cuda else "off"
         return args, given
+
+    def check_stored(self, stored, path):
+        """Raise UsageError where the flags in a last.pth are none that this command could have
+        stored; what an older version lacks is no fault.
+        """
+        parser = self.build_parser(self.defaults["data"], argument_default=None)
+        for action in parser._actions:
+            value = stored.get(action.dest)
+            if value is not None and not is_value_of(action, value):
+                self.refuse_stored(action.dest, path)
+        for name in self.needed_flags(stored):
+            if stored.get(name) is None:
+                self.refuse_stored(name, path)
+        if stored["scale_range"][0] > stored["scale_range"][1]:
+            self.refuse_stored("scale_range", path)
+
+    def needed_flags(self, stored):
+        """-> the flags without which a run with the others cannot go on."""
+        needed = list(NEEDED)
+        if stored.get("fold") is not None:
+            needed.append("folds")
+        if stored.get("loss") in ("dice-focal", "wce-dice"):
+            needed.append("lambda_dice")
+        if stored.get("teacher"):
+            needed += NEEDED_BESIDE_A_TEACHER
+            for term in self.distillation_terms:
+                if stored.get(term.weight_name):
+                    needed += [option.name for option in term.options]
+        return needed
+
+    @staticmethod
+    def refuse_stored(name, path):
+        flag = name.replace("_", "-")
+        raise UsageError(f"{path} is damaged: its run's --{flag} is not one that can be")
 
     def data_kind(self, argv):
         """What --data says, looked at before the rest: "toy", "camvid", "cityscapes", "folder"."""
@@ -82,6 +127,9 @@ class TrainFlags:
         for term in self.distillation_terms:
             if given.get(term.weight_name) and not args.teacher and not args.resume:
                 raise UsageError(f"--lambda-{term.name} needs a --teacher")
+        for name, value in given.items():
+            if isinstance(value, str) and "\0" in value:
+                raise UsageError(f"--{name} holds a zero byte, which no path can")
         if args.scale_range[0] > args.scale_range[1]:
             raise UsageError("--scale-range: LO is larger than HI")
         if given.get("iters") and given.get("epochs"):
@@ -180,6 +228,32 @@ class TrainFlags:
                    "and of val, and the seconds of training, to fit.csv")
 
 
+def is_value_of(action, value):
+    """Is this what argparse's `action` makes of some words?"""
+    if action.nargs == 0:                                         # a switch
+        return isinstance(value, bool)
+    if action.nargs is None:
+        values = [value]
+    elif isinstance(value, (list, tuple)) and len(value) == action.nargs:
+        values = value
+    else:
+        return False
+    return all(is_word_of(action, word) for word in values)
+
+
+def is_word_of(action, word):
+    if action.choices is not None:
+        return type(word) in (str, int) and word in action.choices
+    if action.type is None:
+        return isinstance(word, str) and "\0" not in word
+    if type(word) not in (int, float):
+        return False
+    try:
+        return action.type(str(word)) == word
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+
+
 def add_experiment_flags(add):
     """What makes it this experiment and no other."""
     add("--student", "the network to train", choices=SIZES)
@@ -192,7 +266,7 @@ def add_experiment_flags(add):
         "288 384, Cityscapes 512 1024, else as they are)", type=SIDE, nargs=2, metavar=("H", "W"))
     add("--crop", "size of a training image", type=SIDE, nargs=2, metavar=("H", "W"))
     add("--scale-range", "random scale before the crop",
-        type=number(float, 0.0, 16, open_low=True), nargs=2, metavar=("LO", "HI"))
+        type=number(float, 1e-6, 16), nargs=2, metavar=("LO", "HI"))
     add("--augment", "segformer: scale, crop, flip, colours; plain: the paper's resize to --crop "
         "and flip", choices=("segformer", "plain"))
     add("--lr", "peak learning rate", type=POSITIVE)
@@ -209,7 +283,7 @@ def add_machine_flags(add, add_switch):
     """How and where it runs."""
     add("--amp", "mixed precision; auto: fp16 on CUDA (untested: no GPU was to be had), else off",
         choices=("auto", *AMP_DTYPES, "off"))
-    add("--workers", "processes that read data", type=number(int, 0))
+    add("--workers", "processes that read data", type=number(int, 0, 1024))
     add("--cache", "keep decoded frames there, 4 bytes per pixel, shared by all workers and runs "
         "(default: decode each time)", metavar="DIR")
     add("--seed", "of weights, order, augmentation and dropout", type=number(int, 0, 2 ** 31))

@@ -132,8 +132,9 @@ def test_with_a_teacher_half_of_each_batch_has_labels(tmp_path, folder, teacher,
         assert (labels[0] != IGNORE).any() and (labels[1] == IGNORE).all()
 
     # the KL column is the mean over labelled pixels and all of the unlabelled frame's
-    run = train.prepare(*train.FLAGS.parse([str(f) for f in (
-        *flags, "--teacher", teacher, *kl, "--out", tmp_path / "again")]))
+    args, given = train.FLAGS.parse([str(f) for f in (
+        *flags, "--teacher", teacher, *kl, "--out", tmp_path / "again")])
+    run = train.prepare(args, given, train.RunLock())
     run.objective.train()
     train.seed_step(0, 0)
     images, labels = next(run.batches)
@@ -179,7 +180,7 @@ def test_class_weights_reach_the_loss(tmp_path, folder, name):
     expected["sqrt"] = shares ** -0.5 / (shares ** -0.5).mean()
     args, given = train.FLAGS.parse([str(f) for f in (
         "--data", folder, *SMALL, "--iters", 1, "--class-weights", name, "--out", tmp_path / "r")])
-    weights = train.prepare(args, given).objective.class_weight
+    weights = train.prepare(args, given, train.RunLock()).objective.class_weight
     assert np.allclose(weights.numpy(), expected[name], rtol=1e-5)
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 import data
 import train
 from conftest import CAMVID, ROOT, command, wait_for_step, write_folder
-from extras import run_folder, run_report
+from extras import run_folder, run_report, stopping
 from extras.cli import UsageError
 from losses import IGNORE, Projections, weighted_cross_entropy
 from model import NORMS, SIZES, load_checkpoint, save_checkpoint, segformer
@@ -227,6 +227,7 @@ def test_a_run_learns_and_writes_what_it_promises(tmp_path, folder):
         "log.csv",
         "scores.csv",
         "recipe.json",
+        "run.lock",
         "pictures.png",
     }
 
@@ -462,7 +463,7 @@ def test_a_run_killed_again_and_again_resumes_exactly(tmp_path, folder, teacher)
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    with run_folder.Stop() as stop:
+    with stopping.Stop() as stop:
         stop.note(signal.SIGTERM, None)  # any number of these wait
         assert stop.asked("cpu", False) == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):

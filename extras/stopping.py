@@ -1,0 +1,212 @@
+"""A run that is told to stop, or has to: what it has done is saved first.
+
+    with Stop() as stop:
+        for step in ...:
+            with keep_what_was_done(run, step, stop, save):
+                ...                                    # read the next batch
+            if stop.asked(...): save, then raise stopped(...)
+
+    SIGTERM            a machine that is taken away
+    SIGHUP             a terminal that was closed; ignored under nohup
+    Ctrl-C             a second one stops at once
+    a broken output    `python train.py | head -1`, or a full disk behind `> log.txt`
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+
+import torch
+import torch.distributed as dist
+
+from data import DatasetError
+from extras.cli import ProcessLost, Stopped, interrupt, is_out_of_memory
+from extras.distributed import all_reduce
+from extras.run_lock import close_in_worker
+
+SIGHUP = getattr(signal, "SIGHUP", None)               # Windows has neither
+OUTPUT_LOST = getattr(signal, "SIGPIPE", signal.SIGTERM)
+ENDINGS = {                                            # {signal: (its name, the exit code)}
+    signal.SIGTERM: ("SIGTERM", 0),
+    SIGHUP: ("SIGHUP", 0),
+    OUTPUT_LOST: ("the loss of its output", 0),
+    signal.SIGINT: ("Ctrl-C", 130),
+}
+
+
+# ------------------------------ being told to stop
+
+class Stop:
+    """Inside `with Stop() as stop`, a signal, or an output that nobody takes any more, only leaves
+    a note; a second Ctrl-C stops at once.
+    """
+
+    def __init__(self):
+        self.number = 0
+        self.handlers_before = {}
+        self.output = None
+
+    def __enter__(self):
+        self.output = Output(sys.stdout, self)
+        sys.stdout = self.output
+        if not in_main_thread():
+            return self
+        for number in (signal.SIGTERM, signal.SIGINT, SIGHUP):
+            is_ignored = number == SIGHUP and signal.getsignal(SIGHUP) == signal.SIG_IGN
+            if number is not None and not is_ignored:
+                self.handlers_before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
+        # What is still to be said goes where it can be read.
+        sys.stdout = sys.stderr if self.output.is_lost else self.output.stream
+
+    def note(self, number, frame):
+        if self.number and number == signal.SIGINT:
+            interrupt(number, frame)
+        self.number = self.number or number
+        name, _ = ENDINGS[number]
+        # A signal may come in the middle of another print, and SIGHUP's terminal is gone.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            print(f"\n{name}: finishing this step, then saving (Ctrl-C again stops at once)",
+                  file=sys.stderr, flush=True)
+
+    def asked(self, device, every_process):
+        """-> the signal's number or 0. Several processes stop after the same step: they ask each
+        other, when all of them ask.
+        """
+        if not dist.is_initialized():
+            return self.number
+        if not every_process:
+            return 0
+        number = torch.tensor(self.number, device=device)
+        return int(all_reduce(number, dist.ReduceOp.MAX))
+
+
+def in_main_thread():
+    """No other thread may set a signal's handler."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def stopped(number, step, run):
+    """-> the exception for a run that was told to stop by signal `number`, and has saved."""
+    name, code = ENDINGS[number]
+    return Stopped(f"stopped by {name} after step {step}, all of it saved; "
+                   f"to go on: {run.task.command} --resume --out {run.folder}", code)
+
+
+class Output:
+    """A stream that tells a Stop when it can no longer be written, and is silent from then on."""
+
+    def __init__(self, stream, stop):
+        self.stream = stream
+        self.stop = stop
+        self.is_lost = False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.try_to(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.try_to(self.stream.flush)
+
+    def try_to(self, do, *arguments):
+        if self.is_lost:
+            return
+        try:
+            do(*arguments)
+        except OSError:
+            self.is_lost = True
+            self.stop.note(OUTPUT_LOST, None)
+
+
+# ------------------------------ having to stop
+
+@contextlib.contextmanager
+def keep_what_was_done(run, step, stop, save):
+    """Around reading a batch: where that fails, the steps before it are saved.
+
+    A step that fails is another matter: its forward pass has moved BatchNorm's statistics already.
+    save(run, step): run_folder's
+    """
+    def keep():
+        if step > run.start:                           # before that there is nothing new
+            run.loss_log.flush()
+            save(run, step)
+
+    try:
+        yield
+    except DatasetError:                               # a frame broke since the run began
+        keep()
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            keep()
+            raise
+        if not is_lost_worker(error):
+            raise
+        keep()
+        if stop.number:                                # the signal reached the worker first
+            raise stopped(stop.number, step, run) from None
+        raise ProcessLost("a process that reads data ended by itself, perhaps for lack of memory: "
+                          f"fewer --workers may help; what was done is saved in {run.folder}"
+                          ) from None
+
+
+def is_lost_worker(error):
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+# ------------------------------ files and workers
+
+@contextlib.contextmanager
+def until_written():
+    """Around the writing of a file: a Ctrl-C waits until it is whole.
+
+    Raised inside torch.save it would come out as another error, of a disk that may be full.
+    """
+    if not in_main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def start_workers(loader):
+    """-> the iterator over `loader`, whose lost workers are told by its `next` only.
+
+    torch's handler of SIGCHLD would raise the error wherever this process is: in the middle of a
+    step, or of a file.
+    """
+    if not in_main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
+def prepare_worker(worker):
+    """For a loader's worker. A terminal's Ctrl-C or end reaches it too, and is not its to answer.
+
+    SIGTERM ends it without the noise that would make the loader raise in the middle of the last
+    step.
+    """
+    close_in_worker()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if SIGHUP is not None:
+        signal.signal(SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
