@@ -212,6 +212,8 @@ def test_a_packed_student_is_small_and_close(model, images, tmp_path, mode):
 def damage(facts, what):
     if what == "tokenizer":
         facts["tokenizer"] = "syllables"
+    elif what == "no tokenizer":
+        facts["tokenizer"] = ["letters"]
     elif what == "prompts":
         facts["prompts"] = "car"
     elif what == "classes":
@@ -230,7 +232,7 @@ def damage(facts, what):
         facts["tokenizer"] = "vectors"
 
 
-@pytest.mark.parametrize("what", ["tokenizer", "prompts", "classes", "palette", "tensors",
+@pytest.mark.parametrize("what", ["tokenizer", "no tokenizer", "prompts", "classes", "palette", "tensors",
                                   "missing", "shape", "bits", "vectors"])
 def test_a_damaged_checkpoint_is_a_sentence(model, tmp_path, what):
     path = tmp_path / "x.pth"
