@@ -102,7 +102,7 @@ def check_facts(facts, path):
             raise damaged
         if len(names) != len(vectors):
             raise damaged
-    elif tokenizer not in TOKENIZERS:
+    elif not isinstance(tokenizer, str) or tokenizer not in TOKENIZERS:
         raise CheckpointError(f"{path} reads its prompts with {tokenizer!r}, which is not one of "
                               f"{', '.join(TOKENIZERS)}")
 

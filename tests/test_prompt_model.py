@@ -209,34 +209,26 @@ def test_a_packed_student_is_small_and_close(model, images, tmp_path, mode):
     assert 0 < distance < (0.1 if mode == "8" else 0.8)
 
 
-def damage(facts, what):
-    if what == "tokenizer":
-        facts["tokenizer"] = "syllables"
-    elif what == "prompts":
-        facts["prompts"] = "car"
-    elif what == "classes":
-        facts["classes"] = []
-    elif what == "palette":
-        facts["palette"] = [(0, 0, 0)]
-    elif what == "tensors":
-        facts["tensors"] = {"scale": 3}
-    elif what == "missing":
-        del facts["tensors"]["text.place"]
-    elif what == "shape":
-        facts["tensors"]["text.embed.weight"] = torch.zeros(5, 5)
-    elif what == "bits":
-        facts["layer_bits"] = {"text.norm": 4}
-    elif what == "vectors":
-        facts["tokenizer"] = "vectors"
+DAMAGE = {
+    "tokenizer": lambda facts: facts.update(tokenizer="syllables"),
+    "no tokenizer": lambda facts: facts.update(tokenizer=["letters"]),
+    "prompts": lambda facts: facts.update(prompts="car"),
+    "classes": lambda facts: facts.update(classes=[]),
+    "palette": lambda facts: facts.update(palette=[(0, 0, 0)]),
+    "tensors": lambda facts: facts.update(tensors={"scale": 3}),
+    "missing": lambda facts: facts["tensors"].pop("text.place"),
+    "shape": lambda facts: facts["tensors"].update({"text.embed.weight": torch.zeros(5, 5)}),
+    "bits": lambda facts: facts.update(layer_bits={"text.norm": 4}),
+    "vectors": lambda facts: facts.update(tokenizer="vectors"),
+}
 
 
-@pytest.mark.parametrize("what", ["tokenizer", "prompts", "classes", "palette", "tensors",
-                                  "missing", "shape", "bits", "vectors"])
+@pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_checkpoint_is_a_sentence(model, tmp_path, what):
     path = tmp_path / "x.pth"
     save_prompt(model, path)
     content = torch.load(path, weights_only=True)
-    damage(content["prompt"], what)
+    DAMAGE[what](content["prompt"])
     torch.save(content, path)
     with pytest.raises(CheckpointError, match="x.pth"):
         load_prompt(path)
