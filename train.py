@@ -1,7 +1,7 @@
 """Train a SegFormer, with or without a teacher.
 
-    python train.py --student b2 --out runs/teacher                    # 1. a teacher: a plain run
-    python train.py --student b0 --teacher b2.pth \\
+    python train.py --student b2 --lr 1.2e-3 --out runs/teacher        # 1. a teacher: a plain run
+    python train.py --student b0 --teacher runs/teacher/best.pth \\
                     --lambda-fd 1 --lambda-pe 1                        # 2. distil it: CSKD, PEKD
     python train.py --student b0 --loss dice-focal                     # EffiSeg's refined loss
     python train.py --student b0 --norm dyt-dyl                        # EffiSeg's norms
@@ -57,13 +57,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import CITYSCAPES, IGNORE, Augment, Stream, open_dataset
-from eval import evaluate, scores
+from data import CITYSCAPES, IGNORE, Augment, Stream
 from extras import other_losses
 from extras.cli import (
     AMP_DTYPES,
     NotFinite,
-    UsageError,
     keep_freed_memory,
     run_command,
     show_progress,
@@ -71,19 +69,19 @@ from extras.cli import (
 from extras.compilation import compile_networks, explain_failed_compilation, no_compiling
 from extras.distributed import (
     all_reduce,
-    broadcast_buffers,
     explain_lost_process,
     join_processes,
     leave,
     rank,
     world_size,
 )
-from extras.few_labels import MixedStream, Unlabelled, labels_for_kl, split_labelled
+from extras.few_labels import MixedStream, Unlabelled, labels_for_kl
 from extras.memory import check_memory
 from extras.pixel_counts import cached_pixel_counts
-from extras.provenance import check_classes, check_finite, has_classes_of, warn_of_leak
+from extras.provenance import check_classes, check_finite, warn_of_leak
+from extras.resuming import go_on_from, resumed_flags
+from extras.run_data import make_loader, open_splits, resolve_schedule
 from extras.run_folder import (
-    check_reads_back,
     find_run,
     is_restart_of,
     save,
@@ -96,27 +94,26 @@ from extras.run_report import (
     ScoreLog,
     advice,
     finish,
-    held_out,
     note_stretched_schedule,
+    open_logs,
     open_run_folder,
 )
+from extras.run_scores import evaluate_together, score_teacher
 from extras.same_run import (
-    check_origin,
     check_same_classes,
     check_schedule,
     describe_origin,
-    merge_resumed_flags,
 )
 from extras.starting_weights import make_student
 from extras.stopping import (
     Stop,
     keep_what_was_done,
-    prepare_worker,
     start_workers,
     stopped,
 )
 from extras.train_flags import NOT_NEGATIVE, POSITIVE, TrainFlags
-from extras.training_state import check_fits, new_progress, restore
+from extras.trained_parameters import check_gradients, check_owned
+from extras.training_state import new_progress
 from extras.weight_average import WeightAverage
 from losses import (
     Projections,
@@ -128,10 +125,11 @@ from losses import (
     pekd,
     weighted_cross_entropy,
 )
-from model import SIZES, SMALLEST, Features, load_checkpoint, save_checkpoint
+from model import SIZES, Features, load_checkpoint, save_checkpoint
 
-# The paper's (section 4.3; clipping at 1 and no weight decay are its trainer's), then what suits
-# each data set.
+# What the paper says (section 4.3; clipping at 1 and no weight decay are its trainer's); where it
+# says nothing, our choice. The augmentation is SegFormer's: the paper's, resize and flip, is
+# Cityscapes' only, below. Then what suits each data set.
 DEFAULTS = {
     "student": "b0",
     "data": "toy",
@@ -416,40 +414,44 @@ class Run:
 
 
 def train_step(run, images, labels):
-    """One optimizer step on this process's part of the batch, in --accum pieces.
+    """One optimizer step on this process's part of the batch, in --accum micro-batches.
 
     images (B, 3, H, W) in [0, 1], labels (B, H, W) -> the terms' values and the gradient's norm
     before clipping, (terms + 1,).
 
-    Raises NotFinite on a CPU before a broken gradient reaches the weights. On a GPU to look would
-    be to wait in every step, so there it is found in the norm, some steps later.
+    Raises NotFinite on a CPU before a broken gradient reaches the weights. On a GPU, reading the
+    norm would stall every step; there LossLog finds it up to 20 steps later.
     """
     objective = run.objective
     weights = list(objective.weights.values())
     weights = torch.tensor(weights, device=images.device)               # (terms,)
-    pieces = list(zip(images.chunk(run.args.accum), labels.chunk(run.args.accum), strict=True))
-    parts = [objective.denominators(label) for _, label in pieces]
-    parts = torch.stack(parts)                                          # (accum, terms)
+    micro_batches = list(
+        zip(images.chunk(run.args.accum), labels.chunk(run.args.accum), strict=True))
+    denominators = [objective.denominators(label) for _, label in micro_batches]
+    denominators = torch.stack(denominators)                            # (accum, terms)
     tiny = torch.finfo(torch.float32).tiny                              # not 0 / 0 if all is void
-    whole = all_reduce(parts.sum(0)).clamp(min=tiny)                    # (terms,)
+    total = all_reduce(denominators.sum(0)).clamp(min=tiny)             # (terms,)
 
     values = torch.zeros_like(weights)                                  # (terms,)
-    for i, (image, label) in enumerate(pieces):
-        with gradient_exchange(run.parallel, is_last=i == len(pieces) - 1):
+    for i, (image, label) in enumerate(micro_batches):
+        with gradient_exchange(run.parallel, is_last=i == len(micro_batches) - 1):
             with run.autocast():
                 # The teacher's maps get no name here, so that they go while the losses' gradients
                 # are computed.
                 terms = run.parallel(image, label, objective.ask_teacher(run.teacher, image))
-            terms = torch.stack(list(terms.values())) * parts[i] / whole        # (terms,)
+            # From a mean over this micro-batch to its share of the mean over the whole batch.
+            terms = torch.stack(list(terms.values()))                   # (terms,)
+            terms = terms * denominators[i] / total                     # (terms,)
             # Times the processes, since DistributedDataParallel takes the mean of their gradients.
             loss = (weights * terms).sum() * world_size()
             run.scaler.scale(loss).backward()
         values += terms.detach()
 
     run.scaler.unscale_(run.optimizer)
+    # Without --grad-clip the limit is infinite: the norm is only measured.
     norm = nn.utils.clip_grad_norm_(objective.parameters(), run.args.grad_clip or math.inf)
     if norm.device.type == "cpu" and not run.scaler.is_enabled() and not norm.isfinite():
-        raise NotFinite(find_nonfinite_terms(run, pieces))
+        raise NotFinite(find_nonfinite_terms(run, micro_batches))
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return torch.cat([all_reduce(values), norm[None]])
@@ -469,7 +471,9 @@ def loss_denominators(labels, objective):
         "class weights": weight_of_pixels,
         "pixels": valid.sum(),
         "kl pixels": (kl_labels != IGNORE).sum(),
-        "images": torch.ones_like(weight_of_pixels),              # the parts are equally large
+        # Equal parts, so the mean of their values. Exact for means over images; Dice and DIST,
+        # which are not, are computed on each part.
+        "images": torch.ones_like(weight_of_pixels),
     }
     return torch.stack([denominators[TERMS[name].mean_over].float() for name in objective.weights])
 
@@ -481,11 +485,11 @@ def gradient_exchange(parallel, is_last):
     return parallel.no_sync()
 
 
-def find_nonfinite_terms(run, pieces):
+def find_nonfinite_terms(run, micro_batches):
     """Which terms, or gradients of terms, are not finite? Each is computed alone. -> words"""
     trained = [parameter for parameter in run.objective.parameters() if parameter.requires_grad]
     found = {}
-    for image, label in pieces:
+    for image, label in micro_batches:
         with run.autocast():
             target = run.objective.ask_teacher(run.teacher, image)
             terms = run.objective(image, label, target)
@@ -512,7 +516,7 @@ def learning_rate(step, iters, peak, warmup):
 
 class Result(NamedTuple):
     """What a run ends with. Scores are those of eval.scores, fractions, on the validation split."""
-    scores: dict                                       # of the student's best checkpoint, and step
+    scores: dict                                       # of the best checkpoint, and its "step"
     teacher_scores: dict | None
     folder: Path
 
@@ -567,14 +571,14 @@ def train_all_steps(run):
                 run.average.update(run.student, step)
             run.loss_log.add(done, lr, values)
 
-            is_validated = done % run.args.eval_every == 0 or done == run.args.iters
-            is_report_due = run.loss_log.is_full() or is_validated
+            is_validation_due = done % run.args.eval_every == 0 or done == run.args.iters
+            is_report_due = run.loss_log.is_full() or is_validation_due
             signal_number = stop.asked(run.device, every_process=is_report_due)
             if is_report_due or signal_number:
                 run.loss_log.flush()
-            if is_validated:
+            if is_validation_due:
                 validate(run, done)
-            if is_validated or signal_number:
+            if is_validation_due or signal_number:
                 save(run, done)
                 run.loss_log.restart_clock()
             if signal_number and done < run.args.iters:
@@ -603,7 +607,9 @@ def next_batch(run):
 
 
 def take_step(run, step, images, labels):
-    """`train_step`, and what the first one is looked at for. -> its values"""
+    """One train_step. After the run's first one, check that every parameter got a gradient, and say
+    how long compiling took. -> the values of train_step
+    """
     began = time.time()
     run.objective.train()
     run.optimizer.zero_grad(set_to_none=True)
@@ -634,15 +640,6 @@ def validate(run, step):
         save_best(run, result, step)
 
 
-def evaluate_together(model, dataset, progress=None):
-    """`evaluate` with the frames dealt to the processes -> scores of the whole data set."""
-    broadcast_buffers(model)
-    mine = torch.utils.data.Subset(dataset, range(rank(), len(dataset), world_size()))
-    confusion = evaluate(model.fold(), mine, model.input_size, progress=progress)
-    device = next(model.parameters()).device
-    return scores(all_reduce(confusion.to(device)))
-
-
 # ------------------------------ what is made before the first step
 
 def prepare(args, given, lock, task=None):
@@ -653,6 +650,7 @@ def prepare(args, given, lock, task=None):
         folder, saved = find_run(args.out, task, lock)
         state = saved["training"]
         args = resumed_flags(state, given, folder, task)
+        note_stretched_schedule(args, state["args"], state["step"], folder, learning_rate)
     else:
         task.flags.note_unused(args, given)
     if args.tensorboard:
@@ -662,11 +660,12 @@ def prepare(args, given, lock, task=None):
 
     train_set, unlabelled_set, val_set = open_splits(args)
     total_batch = args.batch_size * args.accum * world_size()
-    settle_schedule(args, len(train_set), total_batch)
+    resolve_schedule(args, len(train_set), total_batch)
     if saved:
         check_schedule(args, state, total_batch, folder)
         check_same_classes(saved.get("classes"), train_set.classes, folder)
-    cached_pixel_counts(val_set)                       # reads every label
+    # Only so that a broken val label is found now, not at the first validation.
+    cached_pixel_counts(val_set)
 
     resumed = folder / "last.pth" if saved else None
     student, teacher, objective = task.make_networks(args, train_set, device, resumed)
@@ -675,13 +674,7 @@ def prepare(args, given, lock, task=None):
     origin = describe_origin(train_set, unlabelled_set, val_set, teacher, objective.class_weight)
     if teacher is not None:
         teacher = task.ready_teacher(teacher, student).to(device)
-    optimizer = make_optimizer(objective, args, device)
-    check_owned(objective, optimizer)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and device.type != "mps")
-    average = WeightAverage(student, args.ema) if args.ema else None
-
-    run = Run(args, device, objective, teacher, optimizer, scaler, objective, task)
-    run.average = average
+    run = make_run(args, device, student, teacher, objective, task)
     run.train_set = train_set
     run.unlabelled_set = unlabelled_set
     run.val_set = val_set
@@ -702,59 +695,18 @@ def prepare(args, given, lock, task=None):
     return run
 
 
-def resumed_flags(state, given, folder, task):
-    """-> the flags of the run in `folder`, with those given now that may change."""
-    task.flags.check_stored(state["args"], folder / "last.pth")
-    args = argparse.Namespace(**merge_resumed_flags(task.flags.all_flags(), state, given))
-    note_stretched_schedule(args, state["args"], state["step"], folder, learning_rate)
-    return args
+def make_run(args, device, student, teacher, objective, task):
+    """-> a Run with an optimizer, and without data."""
+    optimizer = make_optimizer(objective, args, device)
+    check_owned(objective, optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and device.type != "mps")
+    # Before go_on_from(): on resume `student` still holds last.pth's network, which with --ema is
+    # the average; go_on_from() then puts the student's own weights in.
+    average = WeightAverage(student, args.ema) if args.ema else None
 
-
-def go_on_from(state, run):
-    """Put the training state of its last.pth into a run that was just made."""
-    check_origin(state.get("origin"), run.progress["origin"], run.args, run.folder)
-    check_fits(state, run, run.folder / "last.pth")
-    origin = run.progress["origin"]
-    run.progress = restore(state, run) | {"origin": origin}
-    run.start = run.progress["step"]
-
-
-def open_logs(run):
-    """The logs of a run, and the first checkpoint of a new one."""
-    run.board = Board(run.folder, run.args.tensorboard, run.start)
-    run.loss_log = LossLog(run)
-    run.score_log = ScoreLog(run)
-    if run.start == 0:
-        save(run, 0)                                   # from here on there is something to resume
-        if rank() == 0:
-            check_reads_back(run.folder / "last.pth", run.task)
-        run.loss_log.restart_clock()
-
-
-def open_splits(args):
-    """-> the data sets to train on; of frames that the teacher alone labels, or None; to validate
-    on. A quick look at every file is taken."""
-    splits = []
-    for split in ("train", "val"):
-        dataset = open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by,
-                               cache=args.cache, size=args.size)
-        sees_frames_as_they_are = split == "val" and args.augment != "plain" and not dataset.size
-        dataset.quick_check(smallest=SMALLEST if sees_frames_as_they_are else 1)
-        splits.append(dataset)
-    train_set, val_set = splits
-    unlabelled_set = None
-    if args.labelled:
-        train_set, others = split_labelled(train_set, args.labelled)
-        unlabelled_set = others if args.teacher else None
-    return train_set, unlabelled_set, val_set
-
-
-def settle_schedule(args, train_frames, total_batch):
-    """Fill in what depends on the data: --iters from --epochs, and --eval-every."""
-    if not args.iters:
-        args.iters = math.ceil(args.epochs * train_frames / total_batch)
-    if not args.eval_every:
-        args.eval_every = max(min(args.iters, 20), args.iters // 40)
+    run = Run(args, device, objective, teacher, optimizer, scaler, objective, task)
+    run.average = average
+    return run
 
 
 def make_networks(args, train_set, device, resumed):
@@ -797,10 +749,12 @@ def note_training(student, args, train_set):
 
 def choose_class_weights(args, train_set):
     """The paper's constants for Cityscapes, else counted on the training labels. -> (C,)"""
-    is_papers = args.fold is None and args.labelled is None and args.class_weights in (None, "enet")
-    if args.data.startswith("cityscapes") and is_papers:
+    has_all_labels = args.fold is None and args.labelled is None
+    # None: a run that was begun before the flag existed.
+    is_paper_setting = has_all_labels and args.class_weights in (None, "enet")
+    if args.data.startswith("cityscapes") and is_paper_setting:
         return torch.tensor([weight for _, _, weight in CITYSCAPES.values()])
-    counts = cached_pixel_counts(train_set)
+    counts = cached_pixel_counts(train_set)            # for "none" too: it checks every label
     if args.class_weights == "none":
         return torch.ones(len(counts))
     if args.class_weights == "sqrt":
@@ -821,64 +775,6 @@ def make_optimizer(objective, args, device):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=is_fused)
 
 
-def check_owned(objective, optimizer):
-    """Every trainable parameter is the optimizer's: the published code forgot its projections."""
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    forgotten = []
-    for name, parameter in objective.named_parameters():
-        if parameter.requires_grad and id(parameter) not in owned:
-            forgotten.append(name)
-    if forgotten:
-        first = ", ".join(forgotten[:5])
-        raise RuntimeError(
-            f"the optimizer does not own {len(forgotten)} trainable parameters, first {first}")
-
-
-def check_gradients(objective):
-    """After the first backward every trainable parameter has a gradient, or it would never move."""
-    still = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
-    if still:
-        first = ", ".join(still[:5])
-        raise RuntimeError(f"{len(still)} trainable parameters get no gradient, first {first}")
-
-
-def score_teacher(run):
-    """The teacher's scores, once: a teacher that was loaded wrongly shows here."""
-    if run.teacher is None:
-        return
-    if not has_classes_of(run.teacher, run.val_set):
-        print(f"teacher {run.args.teacher}: {run.teacher.num_classes} classes of its own; it "
-              f"teaches features, and no score of it would mean anything", flush=True)
-        return
-    result = run.progress["teacher_scores"]
-    if not result:
-        try:
-            result = evaluate_together(run.teacher, run.val_set, show_progress("teacher"))
-        except NotFinite as error:
-            raise UsageError(f"{run.args.teacher}: {error}") from None
-        run.progress["teacher_scores"] = result
-    print(f"teacher {run.args.teacher}: mIoU {100 * result['miou']:.2f} % "
-          f"on {run.val_set.name} {held_out(run.args)}, full resolution", flush=True)
-
-
-def make_loader(run):
-    """The batches of this process, from step `start` to the end.
-
-    A batch is a range of sample numbers of the stream, so resuming is starting there.
-    """
-    args = run.args
-    stream = run.task.make_stream(run)
-    local_batch = args.batch_size * args.accum
-    return torch.utils.data.DataLoader(
-        stream,
-        batch_sampler=Batches(run.start, args.iters, run.total_batch, local_batch),
-        num_workers=args.workers,
-        pin_memory=run.device.type == "cuda",
-        prefetch_factor=4 if args.workers else None,
-        worker_init_fn=prepare_worker,
-    )
-
-
 def make_stream(run):
     """-> the endless data set of training samples, by their numbers."""
     args = run.args
@@ -888,22 +784,6 @@ def make_stream(run):
         return stream
     others = Stream(Unlabelled(run.unlabelled_set), augment, args.seed)
     return MixedStream(stream, others)
-
-
-class Batches:
-    """The sample numbers of this process's part of each step. They are made one step at a time: a
-    list of them would take as long as the run is.
-    """
-
-    def __init__(self, start, iters, total_batch, local_batch):
-        self.steps = range(start, iters)
-        self.total_batch = total_batch
-        self.local_batch = local_batch
-
-    def __iter__(self):
-        for step in self.steps:
-            first = step * self.total_batch + rank() * self.local_batch
-            yield range(first, first + self.local_batch)
 
 
 # ------------------------------ flags

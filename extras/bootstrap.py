@@ -96,7 +96,8 @@ def print_drives(names, confusions, stems):
     if len(drives) == len(stems):
         print("the frames' names tell no drives")
         return
-    print(f"{'drive':<16}{'frames':>8}" + "".join(f"{name[-20:]:>22}" for name in names))
+    heads = [f"{name[-20:]:>22}" for name in names]
+    print(f"{'drive':<16}{'frames':>8}", *heads, sep="")
     for drive in drives:
         frames = [i for i, stem in enumerate(stems) if drive_of(stem) == drive]
         line = f"{drive:<16}{len(frames):>8}"

@@ -115,7 +115,7 @@ def explain_lost_process(error):
     """Raise ProcessLost if `error`, a RuntimeError, is a broken connection to another process; else
     `error` itself.
     """
-    words = ("gloo", "NCCL", "peer", "onnection")
+    words = ("gloo", "NCCL", "peer", "onnection")                 # Connection or connection
     if dist.is_initialized() and any(word in str(error) for word in words):
         raise ProcessLost("the connection to another process of this run broke: that one failed, "
                           "and its own message says why") from None

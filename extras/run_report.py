@@ -15,13 +15,13 @@ from extras.comparison import draw_comparison, spread_indices
 from extras.distributed import rank, world_size
 from extras.fit_log import FitLog
 from extras.outputs import save_picture, write_text
-from extras.run_folder import choose_folder, git_commit
-from extras.run_logs import Log
+from extras.run_folder import check_reads_back, choose_folder, git_commit, save
+from extras.run_logs import Board, Log
 from extras.score_table import table
 from extras.stopping import until_written
 
 REPORT_EVERY = 20                                      # steps between two reads from the device
-MAX_SKIPS = 20                                         # that fp16's scaler may leave out in a row
+MAX_SKIPS = 20                                         # in a row that fp16's scaler may skip
 
 
 # ------------------------------ the recipe
@@ -70,7 +70,7 @@ def device_name(device):
 
 
 def cpu_has_bf16():
-    """Does the processor compute in bf16 (x86's AVX512 or AMX, Arm)? Linux only tells; elsewhere
+    """Does the processor compute in bf16 (x86's AVX512 or AMX, Arm)? Only Linux tells; elsewhere
     False."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -286,6 +286,18 @@ class ScoreLog:
         if run.board.writer:
             picture = draw_validation(run, [run.network.fold()], ["student"], frames=2)
             run.board.add_picture(step, np.asarray(picture))
+
+
+def open_logs(run):
+    """The logs of a run, and the first checkpoint of a new one."""
+    run.board = Board(run.folder, run.args.tensorboard, run.start)
+    run.loss_log = LossLog(run)
+    run.score_log = ScoreLog(run)
+    if run.start == 0:
+        save(run, 0)                                   # from here on there is something to resume
+        if rank() == 0:
+            check_reads_back(run.folder / "last.pth", run.task)
+        run.loss_log.restart_clock()
 
 
 def held_out(args):

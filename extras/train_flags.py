@@ -29,7 +29,7 @@ NEEDED_BESIDE_A_TEACHER = ("lambda_kl", "lambda_fd", "lambda_pe")
 
 
 class TrainFlags:
-    """defaults: {flag: value}; dataset_defaults: {kind of data: the same}, which go before those;
+    """defaults: {flag: value}; dataset_defaults: {kind of data: the same}, which override those;
     distillation_terms: the Terms of train.py that have a flag.
 
     Another task's flags (extras/prompt_flags.py) are a subclass.
@@ -208,7 +208,8 @@ class TrainFlags:
             "NVlabs' or TransKD's", metavar="FILE")
         add("--accum", "forward passes of a step; its batch is batch-size x accum x processes",
             type=POSITIVE_INTEGER)
-        add("--loss", "supervision: eq. 3; eq. 14; eq. 3 and Dice; or none, the teacher alone",
+        add("--loss", "supervision: wce is eq. 3, dice-focal eq. 14, wce-dice eq. 3 plus Dice, "
+            "none the teacher alone",
             choices=("wce", "dice-focal", "wce-dice", "none"))
         add("--lambda-dice", "weight of Dice: in dice-focal focal has the rest, in wce-dice eq. 3 "
             "stays whole", type=SHARE)
@@ -261,7 +262,7 @@ def add_experiment_flags(add):
     add("--out", "the run's folder (default: runs/DATA-STUDENT, numbered)", metavar="DIR")
     add("--iters", "optimizer steps; without it --epochs decides", type=POSITIVE_INTEGER)
     add("--epochs", "passes over the data, when --iters is not given", type=POSITIVE_INTEGER)
-    add("--batch-size", "images of a process and forward pass", type=POSITIVE_INTEGER)
+    add("--batch-size", "images per process and forward pass", type=POSITIVE_INTEGER)
     add("--size", "resize frames to this before the augmentation, and for scoring (default: CamVid "
         "288 384, Cityscapes 512 1024, else as they are)", type=SIDE, nargs=2, metavar=("H", "W"))
     add("--crop", "size of a training image", type=SIDE, nargs=2, metavar=("H", "W"))
@@ -273,14 +274,14 @@ def add_experiment_flags(add):
     add("--weight-decay", "of matrices; norms and biases have none", type=NOT_NEGATIVE)
     add("--warmup", "share of the steps with rising learning rate", type=SHARE)
     add("--grad-clip", "largest norm of the gradient, 0 for no clipping", type=NOT_NEGATIVE)
-    add("--norm", "ln; dyt: DyT after patch embeddings; dyt-dyl: and DyL elsewhere; dyt-dyl-ln: "
-        "but for stage ends", choices=NORMS)
+    add("--norm", "ln: LayerNorm; dyt: DyT after patch embeddings; dyt-dyl: DyL everywhere else "
+        "too; dyt-dyl-ln: the same, with LayerNorm at stage ends", choices=NORMS)
     add("--ema", "score and keep an average of the weights that decays by this a step, for example "
         "0.999 (default: the weights themselves)", type=number(float, 0.0, 0.99999, open_low=True))
 
 
 def add_machine_flags(add, add_switch):
-    """How and where it runs."""
+    """How and where it runs and what it writes; and --amp and --seed, which change the result."""
     add("--amp", "mixed precision; auto: fp16 on CUDA (untested: no GPU was to be had), else off",
         choices=("auto", *AMP_DTYPES, "off"))
     add("--workers", "processes that read data", type=number(int, 0, 1024))
