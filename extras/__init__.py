@@ -1,4 +1,4 @@
-"""What goes beyond the paper; see DESIGN: one concern a file."""
+"""All that goes beyond the paper, one concern a file: see docs/ and the head of each file."""
 
 import sys
 

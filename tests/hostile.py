@@ -369,7 +369,8 @@ def complaint_about(trial, before, code, output):
     sentences = re.findall(r"^error: ", output, re.MULTILINE)
     if code in (1, 2) and len(sentences) != 1 and not unread:
         return f"{len(sentences)} sentences with exit code {code}"
-    if code == 1 and not re.search("not finite|is (nan|inf|-inf)|ended by itself|NaN", output):
+    reason = re.search("not finite|is (nan|inf|-inf)|ended by itself|NaN", output)
+    if code == 1 and not reason and not unread:
         return "exit code 1 for something else than a loss"
     changed = changed_files(trial, before)
     if changed:

@@ -26,12 +26,16 @@ from model import CheckpointError, load_checkpoint, save_checkpoint, segformer
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("original"))
+    folder = tmp_path_factory.mktemp("original")
+    yield write_run(folder)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
 def run(original, tmp_path):
-    return copy_run(original, tmp_path)
+    """A copy of 160 MB: pytest would keep a hundred of them, three times."""
+    yield copy_run(original, tmp_path)
+    shutil.rmtree(tmp_path)
 
 
 def resume(run, *flags):
