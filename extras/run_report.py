@@ -17,6 +17,7 @@ from extras.fit_log import FitLog
 from extras.outputs import save_picture, write_text
 from extras.run_folder import check_reads_back, choose_folder, git_commit, save
 from extras.run_logs import Board, Log
+from extras.same_run import relative_paths
 from extras.score_table import table
 from extras.stopping import until_written
 
@@ -39,7 +40,7 @@ def open_run_folder(run, lock):
 def write_recipe(run):
     """recipe.json: the effective flags, the data, the machine and the versions. -> the recipe"""
     args = run.args
-    recipe = dict(vars(args))
+    recipe = vars(args) | relative_paths(vars(args))
     recipe.update(
         out=str(run.folder),
         total_batch=run.total_batch,

@@ -43,6 +43,23 @@ def absolute_paths(flags):
     return absolute
 
 
+def relative_paths(flags):
+    """The paths among the flags, {flag: value}, as they are seen from the folder of the command."""
+    relative = {}
+    for name in PATHS:
+        if flags.get(name):
+            relative[name] = relative_path(flags[name])
+    kind, colon, folder = flags["data"].partition(":")
+    relative["data"] = kind + colon + relative_path(folder) if folder else flags["data"]
+    return relative
+
+
+def relative_path(path):
+    """A path below this folder without what is above; any other as it is."""
+    below = os.path.relpath(path)
+    return path if below.startswith("..") else below
+
+
 def absolute_path(text):
     return os.path.abspath(os.path.expanduser(text))
 

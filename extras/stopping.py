@@ -194,6 +194,8 @@ def start_workers(loader):
     if not in_main_thread() or not hasattr(signal, "SIGCHLD"):
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
+    if str(getattr(before, "__module__", "")).startswith("torch."):
+        before = signal.SIG_DFL                        # torch's, of an earlier loader
     batches = iter(loader)
     signal.signal(signal.SIGCHLD, before)
     return batches

@@ -20,6 +20,7 @@ from conftest import ROOT, command, wait_for_step, write_folder
 from extras import cli, stopping
 from extras.cli import ProcessLost, UsageError
 from extras.memory import check_memory
+from extras.run_data import Batches
 from model import load_checkpoint, save_checkpoint, segformer
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -253,10 +254,10 @@ def test_a_worker_that_dies_loses_no_step(tmp_path, folder, monkeypatch):
 # ---------------------------------------------------------------- sizes
 
 def test_batches_are_made_one_at_a_time_and_are_the_same():
-    lazy = train.Batches(3, 50, 8, 4)
+    lazy = Batches(3, 50, 8, 4)
     listed = [range(step * 8, step * 8 + 4) for step in range(3, 50)]
     assert list(lazy) == listed
-    first = next(iter(train.Batches(10**14, 10**15, 8, 4)))
+    first = next(iter(Batches(10**14, 10**15, 8, 4)))
     assert first == range(8 * 10**14, 8 * 10**14 + 4)
 
 
