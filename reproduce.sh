@@ -117,11 +117,11 @@ if [[ $schedule == levers ]]; then
     row "segformer-native-lr$lr"  "$medium" "${NATIVE[@]}" --lr "$lr"
     row "segformer-small-lr$lr"   "$medium" "${SMALL[@]}" --lr "$lr"
   done
-  row plain-native-ema-lr6e-4   "$medium" "${PLAIN[@]}" --lr 6e-4 --ema 0.999
-  row plain-native-dice-lr6e-4  "$medium" "${PLAIN[@]}" --lr 6e-4 --loss wce-dice --lambda-dice 1
-  row plain-native-sqrt-lr6e-4  "$medium" "${PLAIN[@]}" --lr 6e-4 --class-weights sqrt
+  row plain-native-ema-lr1.2e-3   "$medium" "${PLAIN[@]}" --lr 1.2e-3 --ema 0.999
+  row plain-native-dice-lr1.2e-3  "$medium" "${PLAIN[@]}" --lr 1.2e-3 --loss wce-dice --lambda-dice 1
+  row plain-native-sqrt-lr1.2e-3  "$medium" "${PLAIN[@]}" --lr 1.2e-3 --class-weights sqrt
   for decay in 0.01 0.05; do
-    row "plain-native-decay$decay-lr6e-4" "$medium" "${PLAIN[@]}" --lr 6e-4 --weight-decay "$decay"
+    row "plain-native-decay$decay-lr1.2e-3" "$medium" "${PLAIN[@]}" --lr 1.2e-3 --weight-decay "$decay"
   done
   exit
 fi
