@@ -125,13 +125,17 @@ def is_out_of_memory(error):
     """Did an allocator, of torch, numpy or Python, find no memory?"""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and names_lack_of_memory(str(error))
+
+
+def names_lack_of_memory(text):
+    return any(sign in text for sign in OUT_OF_MEMORY)
 
 
 def first_line_of_allocator(error):
     """The line of an allocator's message that says how much was asked for."""
     lines = str(error).strip().splitlines() or ["nothing more is known"]
-    telling = [line for line in lines if any(sign in line for sign in OUT_OF_MEMORY)]
+    telling = [line for line in lines if names_lack_of_memory(line)]
     return printable((telling or lines)[0], LONGEST)
 
 
