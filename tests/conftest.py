@@ -126,6 +126,16 @@ def write_folder(root, frames=6, size=(40, 48), classes=3):
     return f"folder:{root}"
 
 
+@pytest.fixture(autouse=True)
+def pythons_own_ctrl_c():
+    """Every test begins with Python's handler of Ctrl-C, whatever one before it has left: some send
+    the signal to this very process.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def folder(tmp_path):
     return write_folder(tmp_path / "set")
