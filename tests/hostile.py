@@ -430,11 +430,12 @@ def attack(number, seed, original, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=300, help="trials (default 300)")
+    parser.add_argument("--first", type=int, default=0, help="the first one's number (default 0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="run this trial alone, and print what it says")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after that")
     args = parser.parse_args()
-    numbers = range(args.count) if args.only is None else [args.only]
+    numbers = range(args.first, args.first + args.count) if args.only is None else [args.only]
     ends = collections.Counter()
     failures = 0
     began = time.time()
