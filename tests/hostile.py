@@ -356,7 +356,8 @@ def complaint_about(trial, before, code, output):
         return "it hangs"
     if "Traceback" in output or "Exception ignored" in output or "core dumped" in output:
         return "a traceback"
-    if "\x1b" in output:
+    is_own = any("\x1b" in word for word in trial.command)         # a path of the user's
+    if "\x1b" in output and not is_own:
         return "an escape sequence is printed"
     allowed = {0, 1, 2}
     if trial.event.startswith("SIGINT"):
