@@ -57,7 +57,7 @@ from PIL import Image, ImageOps
 IGNORE = 255                                                      # void: counts nowhere
 INVALID = 254                                                     # an id that must not occur
 SPLITS = ("train", "val", "test")
-PAD = (124, 116, 104)                                             # ImageNet's mean, 0 normalised
+PAD = (124, 116, 104)                                             # ImageNet's mean colour
 LUMINANCE = (0.299, 0.587, 0.114)                                 # of R, G, B (ITU-R BT.601)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # What a file is taken for, whatever its name. Pillow knows formats that run a program to be read.
@@ -810,7 +810,7 @@ def check_picture_mode(picture, path, mode, upright=False):
             raise DatasetError(f"{path}: a label must be a .png, JPEG changes the ids")
         packing = picture.tile[0][3] if picture.tile else None    # how the file keeps its pixels
         if packing in ("L;2", "L;4"):
-            raise DatasetError(f"{path}: a label must have 8 bits a pixel; this one has fewer, "
+            raise DatasetError(f"{path}: a label must have 8 bits per pixel; this one has fewer, "
                                f"where 255 cannot be told from the largest id: save it anew")
     if picture.mode.startswith(("I", "F")):
         raise DatasetError(f"{path}: an image must have 8 bits a channel, "

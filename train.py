@@ -103,6 +103,7 @@ from extras.same_run import (
     check_same_classes,
     check_schedule,
     describe_origin,
+    relative_data,
 )
 from extras.starting_weights import make_student
 from extras.stopping import (
@@ -228,7 +229,7 @@ class Term(NamedTuple):
     """A term of the loss: its flag (if it is of distillation), checks and log column follow."""
     name: str                                          # its column; its flag is --lambda-NAME
     compute: Callable                                  # compute(Outputs) -> scalar
-    mean_over: str                                     # see loss_denominators
+    mean_over: str                                     # see Objective.denominators
     teacher_reads: str | None = None                   # "logits", "stages" or "patch_embeds"
     default: float = 0.0                               # its weight where there is a teacher
     help: str = ""
@@ -323,32 +324,47 @@ class Objective(nn.Module):
         stages, patch_embeds = None, None
         if "stages" in self.teacher_parts or "patch_embeds" in self.teacher_parts:
             stages, patch_embeds = self.projections(student.stages, student.patch_embeds)
-        kl_labels = labels_for_kl(labels) if self.args.labelled else labels
         outputs = Outputs(
-            student, teacher, stages, patch_embeds, labels, kl_labels, self.class_weight, self.args)
+            student, teacher, stages, patch_embeds, labels, self.kl_labels(labels),
+            self.class_weight, self.args)
         return {name: TERMS[name].compute(outputs) for name in self.weights}
 
+    @torch.no_grad()
     def ask_teacher(self, teacher, images):
-        """What `forward` needs of the teacher about these images; None without one."""
-        return teacher_features(teacher, images, self.teacher_parts)
+        """-> the teacher's Features, or None without a teacher.
+
+        Its decoder runs only if a loss reads its logits.
+        """
+        if teacher is None:
+            return None
+        if "logits" in self.teacher_parts:
+            return teacher.features(images)
+        stages, patch_embeds = teacher.encode(images)
+        return Features(None, stages, patch_embeds)
 
     def denominators(self, labels):
-        """What each term's mean is taken over, see `loss_denominators`. -> (terms,)"""
-        return loss_denominators(labels, self)
+        """What each term's mean is taken over, in this part of the batch. (B, H, W) -> (terms,).
 
+        A mean over labelled pixels must stay one when the batch is cut into parts (--accum,
+        torchrun): the mean of the parts' means would let a pixel in a half-void part count double.
+        Weighted by these numbers, the parts add up to the whole.
+        """
+        is_labelled = labels != IGNORE
+        weight_of_pixels = self.class_weight[labels[is_labelled].long()].sum()
+        denominators = {
+            "class weights": weight_of_pixels,
+            "pixels": is_labelled.sum(),
+            "kl pixels": (self.kl_labels(labels) != IGNORE).sum(),
+            # Equal parts, so the mean of their values. Exact for means over images; Dice and DIST,
+            # which are not, are computed on each part.
+            "images": torch.ones_like(weight_of_pixels),
+        }
+        return torch.stack([denominators[TERMS[name].mean_over].float() for name in self.weights])
 
-@torch.no_grad()
-def teacher_features(teacher, images, parts):
-    """-> the teacher's Features, or None without a teacher.
-
-    Its decoder runs only if "logits" are among `parts`.
-    """
-    if teacher is None:
-        return None
-    if "logits" in parts:
-        return teacher.features(images)
-    stages, patch_embeds = teacher.encode(images)
-    return Features(None, stages, patch_embeds)
+    def kl_labels(self, labels):
+        """The labels that KL is masked with: with --labelled it is taught everywhere in a frame
+        without labels."""
+        return labels_for_kl(labels) if self.args.labelled else labels
 
 
 # ------------------------------ the run, and one step of it
@@ -381,7 +397,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler                       # does something in fp16 only
     parallel: nn.Module                                # the objective; under torchrun, inside DDP
-    task: Task = None                                  # None: SEGMENTATION
+    task: Task
     average: WeightAverage | None = None               # of the student's weights, with --ema
     train_set: object = None
     unlabelled_set: object = None                      # frames that only the teacher labels
@@ -394,9 +410,6 @@ class Run:
     loss_log: LossLog | None = None
     score_log: ScoreLog | None = None
     board: Board | None = None
-
-    def __post_init__(self):
-        self.task = self.task or SEGMENTATION
 
     @property
     def student(self):
@@ -455,27 +468,6 @@ def train_step(run, images, labels):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return torch.cat([all_reduce(values), norm[None]])
-
-
-def loss_denominators(labels, objective):
-    """What each term's mean is taken over, in this part of the batch. labels (B, H, W) -> (terms,).
-
-    A mean over labelled pixels must stay one when the batch is cut into parts (--accum, torchrun):
-    the mean of the parts' means would let a pixel in a half-void part count double. Weighted by
-    these numbers, the parts add up to the whole.
-    """
-    valid = labels != IGNORE
-    weight_of_pixels = objective.class_weight[labels[valid].long()].sum()
-    kl_labels = labels_for_kl(labels) if objective.args.labelled else labels
-    denominators = {
-        "class weights": weight_of_pixels,
-        "pixels": valid.sum(),
-        "kl pixels": (kl_labels != IGNORE).sum(),
-        # Equal parts, so the mean of their values. Exact for means over images; Dice and DIST,
-        # which are not, are computed on each part.
-        "images": torch.ones_like(weight_of_pixels),
-    }
-    return torch.stack([denominators[TERMS[name].mean_over].float() for name in objective.weights])
 
 
 def gradient_exchange(parallel, is_last):
@@ -744,7 +736,12 @@ def note_training(student, args, train_set):
     student.palette = train_set.palette
     student.input_size = args.crop if args.augment == "plain" else train_set.size
     student.trained_on = {
-        "data": args.data, "fold": args.fold, "folds": args.folds, "fold_by": args.fold_by}
+        # As the command saw it: a checkpoint is given away, and with it a path from the root.
+        "data": relative_data(args.data),
+        "fold": args.fold,
+        "folds": args.folds,
+        "fold_by": args.fold_by,
+    }
 
 
 def choose_class_weights(args, train_set):

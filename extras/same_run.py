@@ -49,9 +49,14 @@ def relative_paths(flags):
     for name in PATHS:
         if flags.get(name):
             relative[name] = relative_path(flags[name])
-    kind, colon, folder = flags["data"].partition(":")
-    relative["data"] = kind + colon + relative_path(folder) if folder else flags["data"]
+    relative["data"] = relative_data(flags["data"])
     return relative
+
+
+def relative_data(spec):
+    """"folder:DIR", with DIR as it is seen from the folder of the command."""
+    kind, colon, folder = spec.partition(":")
+    return kind + colon + relative_path(folder) if folder else spec
 
 
 def relative_path(path):

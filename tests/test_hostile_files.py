@@ -135,8 +135,8 @@ def test_labels_of_fewer_than_8_bits_are_not_stretched(bits, tmp_path):
     ids = np.zeros((40, 48), np.uint8)
     ids[:, 24:] = 3
     write_grey_png(tmp_path / "set" / "labels" / "frame_1.png", ids, bits)
-    refuse(spec, "frame_1.png: a label must have 8 bits a pixel")
-    with pytest.raises(DatasetError, match="8 bits a pixel"):
+    refuse(spec, "frame_1.png: a label must have 8 bits per pixel")
+    with pytest.raises(DatasetError, match="8 bits per pixel"):
         open_dataset(spec, "train")[1]
     write_grey_png(tmp_path / "set" / "labels" / "frame_1.png", ids, 8)
     assert (open_dataset(spec, "train")[1][1].numpy() == ids).all()

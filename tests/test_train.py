@@ -96,6 +96,16 @@ def test_size_is_what_frames_are_worked_at(folder, tmp_path):
     assert load_checkpoint(out / "best.pth").input_size == (64, 80)
 
 
+def test_a_checkpoint_tells_its_data_as_the_command_saw_it(tmp_path, monkeypatch):
+    """It is given away; what stands above the folder of the command is nobody's business."""
+    write_folder(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    train_with("--data", f"folder:{tmp_path}/set", *SMALL, "--iters", 1, "--out", "run")
+    assert load_checkpoint("run/best.pth").trained_on["data"] == "folder:set"
+    last = torch.load("run/last.pth", weights_only=True)
+    assert last["training"]["args"]["data"] == f"folder:{tmp_path}/set"   # --resume works elsewhere
+
+
 # ---------------------------------------------------------------- parts
 
 def test_learning_rate_at_its_corners():
@@ -127,7 +137,8 @@ def make_run(args, objective, teacher=None):
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     device = torch.device("cpu")
-    return train.Run(args, device, objective, teacher, optimizer, scaler, parallel=objective)
+    return train.Run(
+        args, device, objective, teacher, optimizer, scaler, objective, train.SEGMENTATION)
 
 
 def test_defaults_are_the_papers_and_suit_the_data():
