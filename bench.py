@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import platform
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from extras.cli import AMP_DTYPES, number, pick_device, run_command
+from extras.cli import AMP_DTYPES, device_name, number, pick_device, run_command
 from extras.measure import (
     CLOCKS,
     Candidate,
@@ -276,12 +275,6 @@ def build_parser():
     parser.add_argument("--json", metavar="FILE", type=output_path,
                         help="write the numbers for machines")
     return parser
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def split_subjects(parser, words):

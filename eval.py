@@ -53,6 +53,7 @@ from extras.outputs import output_path, picture_path, write_text
 from extras.provenance import (
     check_classes,
     choose_data,
+    describe_fold,
     warn_of_leak,
 )
 from extras.score_table import FORMATS, Column, write_table
@@ -285,7 +286,7 @@ def score_network(network, dataset, args):
 
 def print_scores(networks, dataset, args, stream):
     """What was scored and how, and on `stream` the table."""
-    fold = "" if args.fold is None else f", fold {args.fold} of {args.folds}"
+    fold = "" if args.fold is None else f", {describe_fold(vars(args))}"
     resolution = "the labels' full resolution"
     if args.quarter:
         resolution = ("a quarter of the input, as the paper's code "

@@ -717,7 +717,7 @@ def write_atomically(path, shared=False):
     with contextlib.suppress(FileNotFoundError):
         os.remove(partial)                                        # of a process that was killed
     try:
-        with open(partial, "xb") as file:                         # "x": new, not through a link
+        with open(partial, "x+b") as file:                        # "x": new, not through a link
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -565,7 +565,7 @@ def train_all_steps(run):
 
             is_validation_due = done % run.args.eval_every == 0 or done == run.args.iters
             is_report_due = run.loss_log.is_full() or is_validation_due
-            signal_number = stop.asked(run.device, every_process=is_report_due)
+            signal_number = stop.asked(run.device, may_exchange=is_report_due)
             if is_report_due or signal_number:
                 run.loss_log.flush()
             if is_validation_due:

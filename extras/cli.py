@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -222,6 +223,13 @@ def pick_device(name):
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {name!r} is not to be had here: {reason}") from None
     return torch.device(name)
+
+
+def device_name(device):
+    """-> the GPU's name, or "x86_64 CPU, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def keep_freed_memory():

@@ -51,6 +51,7 @@ from extras.annotations import (
 from extras.cli import UsageError, make_folder, number, run_command, show_progress
 from extras.import_report import Report, describe
 from extras.mask_shapes import ShapeError
+from extras.outputs import save_picture, write_text
 
 READERS = {"coco": masks_coco, "labelme": masks_labelme, "cvat": masks_cvat, "voc": masks_voc}
 BACKGROUND = "background"
@@ -224,8 +225,9 @@ def write_frame(stem, frame, annotations, classes, out, report):
     else:
         report.turned.append(frame.picture)
         suffix = ".jpg" if frame.picture.suffix.lower() in (".jpg", ".jpeg") else ".png"
-        Image.fromarray(pixels).save(image.with_name(stem + suffix), quality=JPEG_QUALITY)
-    Image.fromarray(label).save(out / "labels" / f"{stem}.png")
+        path = image.with_name(stem + suffix)
+        save_picture(Image.fromarray(pixels), path, quality=JPEG_QUALITY)
+    save_picture(Image.fromarray(label), out / "labels" / f"{stem}.png")
     report.pixels += np.bincount(label.ravel(), minlength=256)
     report.written.append((stem, frame.split))
 
@@ -258,13 +260,13 @@ def write_lists(written, classes, out):
     lines = []
     for name, (red, green, blue) in classes.colours.items():
         lines.append(f"{name} {red} {green} {blue}\n")
-    (out / "classes.txt").write_text("".join(lines), encoding="utf-8")
+    write_text(out / "classes.txt", "".join(lines))
     if any(split is None for _, split in written):
         return
     for split in SPLITS:
         stems = [f"{stem}\n" for stem, own in written if own == split]
         if stems:
-            (out / f"{split}.txt").write_text("".join(stems), encoding="utf-8")
+            write_text(out / f"{split}.txt", "".join(stems))
 
 
 # ---------------------------------------------------------------- the command
@@ -320,7 +322,7 @@ def main():
     lines = describe(report, annotations, classes, source, args.out)
     problems = [f"error: {line}" for line in Notes.lines(source.notes.broken)]
     whole = "\n".join([*lines, *problems, ""])
-    (args.out / "import_report.txt").write_text(whole, encoding="utf-8")
+    write_text(args.out / "import_report.txt", whole)
     print("\n".join(lines))
     for line in problems:
         print(line, file=sys.stderr)

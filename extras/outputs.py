@@ -4,6 +4,7 @@
         file.write(...)
     write_text("scores.json", text)
     save_picture(picture, "picture.png")                          # PIL's
+    with output_below(folder, "aachen/x.png") as file:            # where a stranger may have been
 
     parser.add_argument("--json", type=output_path)               # refused before the work is done
     parser.add_argument("--picture", type=picture_path)
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from extras.cli import UsageError
+from extras.cli import UsageError, make_folder
 from model import write_atomically
 
 
@@ -34,20 +35,50 @@ def output_file(path):
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+@contextlib.contextmanager
+def output_below(folder, name):
+    """`output_file` for `folder`/`name`, in a folder that may hold what a stranger put there.
+
+    An archive of photos may bring links along, and results written through them would overwrite
+    other files: a link at the path, or at a folder on the way to it, is a UsageError.
+    """
+    folder, name = Path(folder), Path(name)
+    check_way(folder, name)
+    make_folder((folder / name).parent)
+    with output_file(folder / name) as file:
+        yield file
+
+
+def check_way(folder, name):
+    """Raise UsageError unless the folders from `folder` to `name` are real, and `name` is a regular
+    file or nothing yet.
+    """
+    for parent in list(name.parents)[:-1]:                        # the last one is "."
+        if (folder / parent).is_symlink():
+            raise UsageError(f"{folder / parent}: a link, which results are not written through")
+    path = folder / name
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{path}: no regular file (a link, a folder or a device), which is not "
+                         f"written over: remove it, or choose another --out")
+
+
 def write_text(path, text):
     """Write `text`, in UTF-8. Raises UsageError."""
     with output_file(path) as file:
         file.write(text.encode())
 
 
-def save_picture(picture, path):
-    """Write a PIL picture in the format that the path's suffix says. Raises UsageError."""
+def save_picture(picture, path, **options):
+    """Write a PIL picture in the format that the path's suffix says. Raises UsageError.
+
+    options: Pillow's for that format, quality=90
+    """
     kind = picture_format(path)
     if kind is None:
         raise UsageError(f"cannot write {path}: {UNKNOWN_SUFFIX}")
     with output_file(path) as file:
         try:
-            picture.save(file, kind)
+            picture.save(file, kind, **options)
         except ValueError as error:                               # too large for its format
             raise UsageError(f"cannot write {path}: {error}") from None
 

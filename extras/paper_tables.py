@@ -23,6 +23,7 @@ from pathlib import Path
 
 from extras.cli import UsageError, run_command
 from extras.lever_table import lever_rows
+from extras.outputs import write_text
 from extras.score_table import markdown, spread
 
 RESULTS = Path("docs/RESULTS.md")
@@ -486,7 +487,7 @@ def write_tables(folder):
         if texts[path] is None:
             raise UsageError(f"{path} has no mark <!-- {name}: ... -->")
     for path, text in texts.items():
-        path.write_text(text)
+        write_text(path, text)
     return list(texts)
 
 

@@ -40,9 +40,9 @@ from extras.cli import (
     run_command,
     show_progress,
 )
+from extras.outputs import output_below
 from extras.pictures import overlay
 from extras.provenance import other_classes
-from extras.safe_output import open_output
 from extras.video import VIDEO_SUFFIXES, is_animation, is_pattern, sequence_name
 from extras.view_flags import (
     add_view_flags,
@@ -226,7 +226,7 @@ class Segmenter:
         return overlay(image, classes, self.palette)
 
     def write_picture(self, name, pixels):
-        with open_output(self.out, name) as file:
+        with output_below(self.out, name) as file:
             Image.fromarray(pixels).save(file, format="PNG")
 
     def write_ids(self, name, classes):

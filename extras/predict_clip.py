@@ -5,8 +5,8 @@ from fractions import Fraction
 
 from data import DatasetError
 from extras.cli import show_progress
+from extras.outputs import output_below
 from extras.predict import check_size
-from extras.safe_output import open_output
 from extras.video import Animation, VideoWriter, count_up, open_clip, write_animation
 from extras.view_flags import describe_protocol
 
@@ -29,7 +29,7 @@ def segment_clip(segmenter, item):
     first = next(moments, None)                                   # nothing is written without one
     if first is None:
         raise DatasetError(f"{item.path}: none of its frames can be read")
-    with open_output(segmenter.out, item.overlay) as file:
+    with output_below(segmenter.out, item.overlay) as file:
         if isinstance(clip, Animation):
             images = [first[0], *(image for image, _ in moments)]
             write_animation(file, clip, images)

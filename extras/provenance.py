@@ -102,6 +102,13 @@ def full_path(text):
         return Path(text)
 
 
+def validation_name(args):
+    """What the frames that a run is scored on are called: "val", or "fold 0 of 2"."""
+    if args.fold is None:
+        return "val"
+    return describe_fold(vars(args))
+
+
 def describe_fold(choice):
     """{"fold", "folds", "fold_by"} in words."""
     if choice["fold"] is None:

@@ -3,7 +3,8 @@
     RUN/last.pth       all that resuming needs; written beside, flushed to the disk, then renamed:
                        whole or not there
     RUN/previous.pth   the last.pth before it, for a disk that damages files
-    RUN/best.pth       the student with the best mIoU on the validation split
+    RUN/best.pth       the network with the best mIoU on the validation split: the student, or with
+                       --ema the average of its weights
     RUN/log.csv        every step: learning rate, loss, its terms, the gradient's norm unclipped
     RUN/scores.csv     every validation
     RUN/fit.csv        with --fit-log: loss and mIoU of train and val frames at every validation
@@ -172,7 +173,7 @@ def offer_previous(folder):
 
 
 def save(run, step):
-    """last.pth: the student, and all that a resumed run needs."""
+    """last.pth: the network that is scored, and all that a resumed run needs."""
     run.progress["step"] = step
     if rank() > 0:
         return
@@ -207,7 +208,7 @@ def save_best(run, result, step):
 
 
 def keep_as_previous(last, previous):
-    """Give the file `last` a second name, in place of the file that had it: no gap, and no copy."""
+    """Make `previous` a hard link to `last`: no copy, and no moment without both files."""
     if not last.exists():
         return
     spare = previous.with_suffix(".partial")

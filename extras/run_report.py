@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 import sys
 import time
 from pathlib import Path
@@ -10,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from extras.cli import NotFinite
+from extras.cli import NotFinite, device_name
 from extras.comparison import draw_comparison, spread_indices
 from extras.distributed import rank, world_size
 from extras.fit_log import FitLog
 from extras.outputs import save_picture, write_text
+from extras.provenance import validation_name
 from extras.run_folder import check_reads_back, choose_folder, git_commit, save
 from extras.run_logs import Board, Log
 from extras.same_run import relative_paths
@@ -62,12 +62,6 @@ def write_recipe(run):
     )
     write_text(run.folder / "recipe.json", json.dumps(recipe, indent=1))
     return recipe
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
 
 
 def cpu_has_bf16():
@@ -274,9 +268,10 @@ class ScoreLog:
     def add(self, step, result, is_better):
         run = self.run
         best = " (best so far)" if is_better else ""
+        frames = f"{run.val_set.name} {validation_name(run.args)}"
         print(f"step {step}: mIoU {100 * result['miou']:.2f} %, mAcc {100 * result['macc']:.2f} %, "
               f"aAcc {100 * result['aacc']:.2f} % "
-              f"on {run.val_set.name} {held_out(run.args)}, full resolution{best}", flush=True)
+              f"on {frames}, full resolution{best}", flush=True)
 
         numbers = [result["miou"], result["macc"], result["aacc"], *result["iou"]]
         row = [step] + [f"{value:.6f}" for value in numbers]
@@ -299,10 +294,6 @@ def open_logs(run):
         if rank() == 0:
             check_reads_back(run.folder / "last.pth", run.task)
         run.loss_log.restart_clock()
-
-
-def held_out(args):
-    return "val" if args.fold is None else f"fold {args.fold} of {args.folds}"
 
 
 def draw_validation(run, models, names, frames):
@@ -331,8 +322,8 @@ def finish(run):
     sheet = draw_validation(run, models, names, frames=4)
     with until_written():
         save_picture(sheet, picture)
-    print(f"\n{run.val_set.name} {held_out(run.args)}, {len(run.val_set)} frames, full resolution; "
-          f"student's best checkpoint: step {best['step']}")
+    print(f"\n{run.val_set.name} {validation_name(run.args)}, {len(run.val_set)} frames, "
+          f"full resolution; student's best checkpoint: step {best['step']}")
     print(table(names, results, run.val_set.classes))
     print(f"\npictures: {picture}; "
           f"checkpoints: {run.folder / 'best.pth'}, {run.folder / 'last.pth'}")

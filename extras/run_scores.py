@@ -5,8 +5,7 @@ import torch
 from eval import evaluate, scores
 from extras.cli import NotFinite, UsageError, show_progress
 from extras.distributed import all_reduce, broadcast_buffers, rank, world_size
-from extras.provenance import has_classes_of
-from extras.run_report import held_out
+from extras.provenance import has_classes_of, validation_name
 
 
 def evaluate_together(model, dataset, progress=None):
@@ -34,4 +33,4 @@ def score_teacher(run):
             raise UsageError(f"{run.args.teacher}: {error}") from None
         run.progress["teacher_scores"] = result
     print(f"teacher {run.args.teacher}: mIoU {100 * result['miou']:.2f} % "
-          f"on {run.val_set.name} {held_out(run.args)}, full resolution", flush=True)
+          f"on {run.val_set.name} {validation_name(run.args)}, full resolution", flush=True)

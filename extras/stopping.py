@@ -44,7 +44,7 @@ class Stop:
     """
 
     def __init__(self):
-        self.number = 0
+        self.signal_number = 0                         # of the signal that came, 0 before
         self.handlers_before = {}
         self.output = None
 
@@ -66,24 +66,27 @@ class Stop:
         sys.stdout = sys.stderr if self.output.is_lost else self.output.stream
 
     def note(self, number, frame):
-        if self.number and number == signal.SIGINT:
+        if self.signal_number and number == signal.SIGINT:
             interrupt(number, frame)
-        self.number = self.number or number
+        self.signal_number = self.signal_number or number
         name, _ = ENDINGS[number]
         # A signal may come in the middle of another print, and SIGHUP's terminal is gone.
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             print(f"\n{name}: finishing this step, then saving (Ctrl-C again stops at once)",
                   file=sys.stderr, flush=True)
 
-    def asked(self, device, every_process):
-        """-> the signal's number or 0. Several processes stop after the same step: they ask each
-        other, when all of them ask.
+    def asked(self, device, may_exchange):
+        """-> the number of the signal that came, or 0.
+
+        Under torchrun a signal reaches one process first, and all must stop after the same step:
+        there they tell each other, which they can only do at a step where every process asks.
+        may_exchange: this is such a step; at any other one the answer is 0
         """
         if not dist.is_initialized():
-            return self.number
-        if not every_process:
+            return self.signal_number
+        if not may_exchange:
             return 0
-        number = torch.tensor(self.number, device=device)
+        number = torch.tensor(self.signal_number, device=device)
         return int(all_reduce(number, dist.ReduceOp.MAX))
 
 
@@ -92,9 +95,9 @@ def in_main_thread():
     return threading.current_thread() is threading.main_thread()
 
 
-def stopped(number, step, run):
-    """-> the exception for a run that was told to stop by signal `number`, and has saved."""
-    name, code = ENDINGS[number]
+def stopped(signal_number, step, run):
+    """-> the exception for a run that was told to stop by this signal, and has saved."""
+    name, code = ENDINGS[signal_number]
     return Stopped(f"stopped by {name} after step {step}, all of it saved; "
                    f"to go on: {run.task.command} --resume --out {run.folder}", code)
 
@@ -153,8 +156,8 @@ def keep_what_was_done(run, step, stop, save):
         if not is_lost_worker(error):
             raise
         keep()
-        if stop.number:                                # the signal reached the worker first
-            raise stopped(stop.number, step, run) from None
+        if stop.signal_number:                         # the signal reached the worker first
+            raise stopped(stop.signal_number, step, run) from None
         raise ProcessLost("a process that reads data ended by itself, perhaps for lack of memory: "
                           f"fewer --workers may help; what was done is saved in {run.folder}"
                           ) from None

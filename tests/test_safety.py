@@ -14,14 +14,13 @@ import pytest
 import torch
 from small_runs import SMALL, rows, train_with, write_teacher
 
-import model
 import train
 from conftest import ROOT, command, wait_for_step, write_folder
 from extras import cli, stopping
 from extras.cli import ProcessLost, UsageError
 from extras.memory import check_memory
 from extras.run_data import Batches
-from model import load_checkpoint, save_checkpoint, segformer
+from model import load_checkpoint, read_checkpoint, save_checkpoint, segformer
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -157,29 +156,41 @@ def test_under_nohup_sighup_is_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_two_ctrl_c_while_saving_leave_a_whole_file(tmp_path, folder, monkeypatch):
+# `python train.py ARGS...`, where Ctrl-C is pressed twice while step 2 is being saved.
+IMPATIENT = """
+import os, runpy, signal, sys, time, torch
+save = torch.save
+
+def save_slowly(content, file):
+    print("saving step", content["step"], flush=True)
+    if content["step"] == 2:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+    save(content, file)
+
+torch.save = save_slowly
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_ctrl_c_while_saving_leave_a_whole_file(tmp_path, folder):
     """The second one ends the run, when the file is there."""
-    monkeypatch.setattr(cli.Interrupted, "came", False)
-    written = []
-    save = torch.save
-
-    def save_slowly(content, file):
-        written.append(content["step"])
-        if content["step"] == 2:
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.05)
-        save(content, file)
-
-    monkeypatch.setattr(model.torch, "save", save_slowly)
     out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        train_with("--data", folder, *SMALL, "--iters", 4, "--eval-every", 2, "--out", out)
-    assert written == [0, 2]                           # best.pth of step 2; last.pth came never
+    flags = ("--data", folder, *SMALL, "--iters", 4, "--eval-every", 2, "--out", out)
+    words = [ROOT / "train.py", *flags]
+    process = subprocess.run([sys.executable, "-c", IMPATIENT, *map(str, words)], env=ENV,
+                             capture_output=True, text=True, timeout=120)
+    assert process.returncode == 130, process.stderr
+    assert process.stderr.endswith("stopped at once; what was saved before is whole\n")
+    assert "Traceback" not in process.stderr
+    assert process.stdout.count("saving step 2") == 1  # best.pth; it never came to last.pth
+    assert read_checkpoint(out / "best.pth")["step"] == 2
     assert load_checkpoint(out / "best.pth")
     assert saved_step(out) == 0
     assert not [path for path in out.iterdir() if "partial" in path.name]
-    monkeypatch.setattr(model.torch, "save", save)
     train_with("--resume", "--out", out)
 
 
