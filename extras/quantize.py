@@ -42,6 +42,7 @@ from extras.cli import (
     show_progress,
 )
 from extras.comparison import spread_indices
+from extras.outputs import output_path, write_text
 from extras.packed_layers import FORMAT, count_bits, pack, packable_layers, save_packed
 from extras.provenance import check_classes, warn_of_leak
 from extras.score_table import percent
@@ -238,7 +239,8 @@ def build_parser():
                         help="ours, Hugging Face's (file or folder), NVlabs' or TransKD's")
     parser.add_argument("--bits", required=True, choices=MODES,
                         help="of the weights; 4+8: and 8 for what goes into linear layers")
-    parser.add_argument("--out", metavar="FILE", help="the checkpoint to write, FILE.pth")
+    parser.add_argument("--out", metavar="FILE", type=output_path,
+                        help="the checkpoint to write, FILE.pth")
     parser.add_argument("--keep", nargs="+", default=[], metavar="NAME",
                         help="leave these layers, and all below these names, as they are")
     parser.add_argument("--layers", action="store_true",
@@ -249,7 +251,8 @@ def build_parser():
     parser.add_argument("--split", default="val", choices=SPLITS,
                         help="which frames of --data (default: val)")
     add_fold_flags(parser)
-    parser.add_argument("--json", metavar="FILE", help="write sizes and scores for machines")
+    parser.add_argument("--json", metavar="FILE", type=output_path,
+                        help="write sizes and scores for machines")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     return parser
 
@@ -294,7 +297,7 @@ def main():
             small = load_checkpoint(args.out)                     # what is scored is the file
             report["cost"] = report_cost(model, small, dataset, device)
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_text(args.json, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

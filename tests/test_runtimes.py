@@ -103,18 +103,32 @@ def test_fresh_networks_and_an_absent_package(small_b0, monkeypatch, tmp_path, c
     assert {row["setting"] for row in rows} == {"PyTorch, fp32", "PyTorch, bf16"}
 
 
+def open_exactly(path):
+    """An int8 file whose sums do not overflow on an x86 CPU without VNNI either."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnx_graph.runner_of(session)
+
+
 @needs_openvino
 @pytest.mark.filterwarnings("ignore")
-def test_openvino_runs_the_int8_file_as_onnxruntime_does(network, tmp_path):
+def test_an_int8_file_is_near_fp32_in_both_runtimes(network, tmp_path):
+    """What 8 bits round away is 1 to 2 % of these logits; a CPU that overflows adds to it."""
     exported_model.export(network, tmp_path / "fp32.onnx", logits=True, size=SIZE)
     images = torch.rand(4, 1, 3, *SIZE)
     int8.quantize_file(str(tmp_path / "fp32.onnx"), str(tmp_path / "int8.onnx"), images)
     expected = onnx_graph.open_onnx(tmp_path / "fp32.onnx")(images[0])
-    theirs = onnx_graph.open_onnx(tmp_path / "int8.onnx")(images[0])
-    found = bench_runtimes.open_openvino(tmp_path / "int8.onnx", "fp32")(images[0])
-    rounding = (theirs - expected).abs().mean()
-    assert 0 < rounding < 0.05 * expected.abs().mean()
-    assert (found - expected).abs().mean() < 1.5 * rounding
+
+    def change(found):
+        return ((found - expected).abs().mean() / expected.abs().mean()).item()
+
+    exact = open_exactly(tmp_path / "int8.onnx")
+    onnx_runtime = onnx_graph.open_onnx(tmp_path / "int8.onnx")
+    openvino = bench_runtimes.open_openvino(tmp_path / "int8.onnx", "fp32")
+    assert 0 < change(exact(images[0])) < 0.04
+    assert 0 < change(onnx_runtime(images[0])) < 0.1
+    assert 0 < change(openvino(images[0])) < 0.1
 
 
 @pytest.mark.parametrize("flags, sentence", [
