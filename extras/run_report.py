@@ -65,18 +65,29 @@ def write_recipe(run):
 
 
 def cpu_has_bf16():
-    """Does the processor compute in bf16 (x86's AVX512 or AMX, Arm)? Only Linux tells; elsewhere
-    False."""
+    """Does the processor compute in bf16 (x86's AVX512 or AMX, Arm)? None: only Linux tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return False
+        return None
     names = {"avx512_bf16", "amx_bf16", "bf16"}
     for line in lines:
         key, _, values = line.partition(":")
         if key.strip() in ("flags", "Features"):
             return bool(names & set(values.split()))
-    return False
+    return None
+
+
+def advise_precision(amp, device):
+    """Print a note where another --amp makes a step on this CPU several times as fast."""
+    if device.type != "cpu":
+        return
+    if amp == "off" and cpu_has_bf16():
+        print("note: this CPU has bf16 units; --amp bf16 takes about half the time a step "
+              "(docs/SPEED.md)")
+    if amp == "bf16" and cpu_has_bf16() is False:
+        print("note: this CPU has no bf16 units and only emulates them: --amp off takes about a "
+              "tenth of the time a step (docs/SPEED.md)")
 
 
 def print_recipe(run, recipe):
@@ -98,9 +109,7 @@ def print_recipe(run, recipe):
           f"{recipe['parameters']:,} parameters, on {run.device}, amp {args.amp}")
     print(f"loss = {terms}; AdamW, lr {args.lr:g} with {100 * args.warmup:g} % warm-up, "
           f"decay {args.weight_decay:g}, clip {args.grad_clip:g}")
-    if args.amp == "off" and run.device.type == "cpu" and cpu_has_bf16():
-        print("note: this CPU has bf16 units; --amp bf16 takes about half the time a step "
-              "(docs/SPEED.md)")
+    advise_precision(args.amp, run.device)
     print(f"{args.iters} steps of {run.total_batch} images = {args.batch_size} x {args.accum} "
           f"accumulated x {world_size()} processes, {epochs:.1f} epochs, seed {args.seed}; "
           f"writing to {run.folder}{resuming}", flush=True)

@@ -746,6 +746,25 @@ def test_a_fault_in_one_process_ends_all_and_a_restart_resumes(tmp_path, folder)
 
 # ---------------------------------------------------------------- precision, devices, seeds
 
+@pytest.mark.parametrize("cpuinfo, has_units", [
+    ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16\n", True),
+    ("Features\t: fp asimd bf16\n", True),
+    ("processor\t: 0\nflags\t\t: fpu avx2 avx512f\n", False),
+    ("machine\t: one that tells nothing\n", None),
+])
+def test_bf16_units_are_known_and_what_is_faster_is_said(cpuinfo, has_units, monkeypatch, capsys):
+    monkeypatch.setattr(run_report.Path, "read_text", lambda path: cpuinfo)
+    assert run_report.cpu_has_bf16() is has_units
+    said = {}
+    for amp in ("off", "bf16"):
+        run_report.advise_precision(amp, torch.device("cpu"))
+        said[amp] = capsys.readouterr().out
+    assert ("--amp bf16 takes about half the time" in said["off"]) == (has_units is True)
+    assert ("--amp off takes about a tenth" in said["bf16"]) == (has_units is False)
+    run_report.advise_precision("bf16", torch.device("cuda"))
+    assert capsys.readouterr().out == ""
+
+
 def test_bf16_and_fp16_train(tmp_path, folder):
     """Along the curve of full precision, within what 16 bits round away."""
     curves = {}
