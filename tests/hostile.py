@@ -88,7 +88,7 @@ ENVIRONMENTS = (
     {"RANK": "nonsense"},
     {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "x", "MASTER_ADDR": "?", "MASTER_PORT": "1"},
     {"TORCHELASTIC_RESTART_COUNT": "nonsense"},
-    {"HOME": "/nowhere"},
+    {"HOME": "/proc/nowhere"},                         # where no folder can be made
     {"HOME": ""},
     {"XDG_CACHE_HOME": "/dev/null"},
     {"XDG_CACHE_HOME": "/proc"},
