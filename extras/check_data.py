@@ -2,7 +2,8 @@
 
     python data.py folder:DIR [--split val] [--fold 0 --folds 5] [--sheet contact_sheet.png]
 
-All that is wrong is found in one pass, a sentence for each file, and the exit code is then 2.
+All that is wrong is found in one pass, and the exit code is then 2. What is wrong with many files
+is said once; --all says it of each.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from extras.data_checks import check_end
 from extras.outputs import picture_path, save_picture
 from extras.pictures import colourise, grid, overlay
 from extras.printable import printable
+from extras.said_once import said_once
 
 SHEET_FRAMES = 4                                                  # of each split
 
@@ -102,7 +104,7 @@ def existing_splits(args, problems):
         except DatasetError as error:
             if args.split or is_a_problem(error, args.spec, split):
                 problems.append(str(error))
-            else:
+            elif str(error) not in problems:
                 print(f"no {split} split: {printable(error, 2000)}")
     return datasets
 
@@ -138,7 +140,7 @@ def report(dataset, split, found):
     class_counts = found.counts[:C]
     labelled = max(class_counts.sum(), 1)
     void = 100 * found.counts[IGNORE] / max(found.counts.sum(), 1)
-    sizes = ", ".join(f"{size} ({frames})" for size, frames in found.sizes.items())
+    sizes = ", ".join(f"{size} ({frames})" for size, frames in found.sizes.items()) or "no size"
     met = np.count_nonzero(class_counts)
     print(f"\n{dataset.name} {split}: {len(dataset)} frames of {sizes}; "
           f"{met} of {C} classes met; void {void:.2f} % of all pixels")
@@ -188,6 +190,8 @@ def build_parser():
     add_fold_flags(parser)
     parser.add_argument("--sheet", default="contact_sheet.png", type=picture_path,
                         help="where to draw frames and labels to look at")
+    parser.add_argument("--all", action="store_true",
+                        help="say of every file what is wrong with it (default: each kind once)")
     return parser
 
 
@@ -200,8 +204,8 @@ def main():
         rows += sheet_rows(dataset)
     if rows:
         draw_sheet(rows, args.sheet, problems)
-    for problem in problems:
-        print(f"error: {printable(problem, 2000)}", file=sys.stderr)
+    for line in said_once(problems, args.all):
+        print(f"error: {line}", file=sys.stderr)
     return 2 if problems else 0
 
 
