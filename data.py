@@ -251,8 +251,10 @@ class Files(Dataset):
         label = lookup[raw]
         wrong = label == INVALID
         if wrong.any():
+            checks = find_checks()
+            hint = checks.explain_ids(raw, len(self.classes)) if checks else ""
             raise DatasetError(f"{path}: label id {raw[wrong][0]} is not one of {self.name}'s "
-                               f"(0-{len(self.classes) - 1}, or void)")
+                               f"(0-{len(self.classes) - 1}, or void){hint}")
         return label
 
 

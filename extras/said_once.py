@@ -28,9 +28,9 @@ def said_once(sentences, say_all=False):
 
 
 def kind_of(sentence):
-    """Two sentences are of one kind when they differ in the file and in numbers alone."""
+    """Two sentences are of one kind when they differ in the file, in 'names' and numbers alone."""
     what = sentence.partition(": ")[2] or sentence
-    return re.sub(r"\d+", "0", what)
+    return re.sub(r"'[^']*'|\d+", "0", what)
 
 
 def describe_others(others):

@@ -90,13 +90,25 @@ def test_what_stops_every_split_is_said_once(folder, tmp_path):
 def test_the_check_goes_on_after_a_broken_image(kind, folder, tmp_path):
     break_image(kind, tmp_path / "set" / "images" / "frame_3.png")
     found = check_data.check(open_dataset(folder, "train"))
-    assert len(found.problems) == 1 and found.sizes == {"48x40": 4}
+    assert len(found.problems) == 1 and found.sizes == {(40, 48): 4}
 
 
 def test_check_command_takes_folds(folder, tmp_path):
     output = command("data.py", folder, "--fold", 0, "--folds", 3, "--sheet", tmp_path / "s.png")
     assert "set train: 4 frames" in output and "set val: 2 frames" in output
     assert "set test" not in output and "no test" not in output
+
+
+def test_what_is_in_no_list_is_counted(folder, tmp_path):
+    root = tmp_path / "set"
+    args = ("data.py", folder, "--sheet", tmp_path / "sheet.png")
+    (root / "train.txt").write_text("frame_0\nframe_2\n")
+    (root / "val.txt").write_text("frame_1\nframe_3\n")
+    (root / "labels" / "frame_4.png").unlink()                    # not labelled yet
+    assert "in no list, so not used: 2 of 6 images, the first frame_4.png" in command(*args)
+    (root / "val.txt").write_text("frame_1\nframe_3\nframe_4\n")
+    output = command(*args, code=2)
+    assert "val.txt: no label has the stem 'frame_4'" in output and output.count("error: ") == 1
 
 
 def test_cityscapes_secret_test_labels_are_a_note(tmp_path):
