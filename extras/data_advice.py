@@ -66,7 +66,10 @@ def explain_0_and_255(dataset):
     if len(dataset.classes) == 1:
         return (f"{start}: if it was meant as a class, write 1 in its place, and name both in "
                 f"classes.txt")
-    return (f"{start}: if it was meant as {name_classes(dataset, [1])}, write 1 in its place")
+    if len(dataset.classes) == 2:
+        return f"{start}: if it was meant as {name_classes(dataset, [1])}, write 1 in its place"
+    return (f"{start}: if it was meant as a class, such as 1 {dataset.classes[1]!r}, write that id "
+            f"in its place")
 
 
 def compare_classes(dataset, counts, total, void):

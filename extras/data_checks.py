@@ -75,6 +75,8 @@ def explain_ids(ids, num_classes):
         return ("; its regions have edges of ids in between, as smoothing, scaling or JPEG leave: "
                 "save masks without smoothed edges, scale them with NEAREST")
     met = set(np.unique(ids).tolist()) - {IGNORE}
-    if max(met) == num_classes and 0 not in met:
-        return "; do its ids count from 1? They must count from 0"
-    return ""
+    if max(met) != num_classes:
+        return ""
+    if 0 in met:
+        return "; does classes.txt lack a line, of a background with the id 0?"
+    return "; do its ids count from 1? They must count from 0"

@@ -1,6 +1,6 @@
 """Many sentences about many files, each kind of them once.
 
-    for line in said_once(sentences):          # "labels/a.png: ..., and 59 more: b.png, ..."
+    for line in said_once(sentences):          # "labels/a.png: ... (and 59 more: b.png, ...)"
         print(f"error: {line}")
 
 A sentence begins with the file that it is about, as those of DatasetError do.
@@ -42,5 +42,5 @@ def describe_others(others):
         path = sentence.partition(": ")[0]
         names.append(printable(Path(path).name))
     if len(others) > NAMED:
-        names.append("... (--all says each)")
-    return f", and {len(others)} more: {', '.join(names)}"
+        names.append("...; --all says each")
+    return f" (and {len(others)} more: {', '.join(names)})"

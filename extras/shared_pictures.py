@@ -7,7 +7,8 @@ the next frame of a video whose camera stands still.
 
 In CamVid, whose splits are drives, the closest two miniatures of train and val are 18 grey levels
 apart, of train and test 9; the same frame as a JPEG of quality 40 is at 0.6, at half the size 1.2.
-Miniatures of fine textures are all alike, so what they suggest is looked at in full.
+Miniatures of fine textures are all alike, so what they suggest is looked at in full: there the
+details of such copies correlate by 0.75 or more, those of CamVid's closest pairs by at most 0.17.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 MINIATURE = (32, 24)                                              # W, H
 MEAN_DISTANCE = 2                                                 # grey levels of 255
 LARGEST_DISTANCE = 20                                             # a thing that was moved is more
-LEAST_CORRELATION = 0.95
+LEAST_CORRELATION = 0.6                                           # of details
 SAME = "the same picture as"
 ALIKE = "nearly the same picture as"
 
@@ -52,21 +53,20 @@ def compare(first, second):
     noise; or None."""
     if first.shape == second.shape and (first == second).all():
         return SAME
-    height = min(first.shape[0], second.shape[0])
-    width = min(first.shape[1], second.shape[1])
-    correlation = correlate(scaled(first, height, width), scaled(second, height, width))
+    size = (min(first.shape[1], second.shape[1]), min(first.shape[0], second.shape[0]))
+    correlation = correlate(details(first, size), details(second, size))
     return ALIKE if correlation >= LEAST_CORRELATION else None
 
 
-def scaled(image, height, width):
-    """-> float (height, width)"""
-    grey = Image.fromarray(image).convert("L")
-    return np.asarray(grey.resize((width, height), Image.Resampling.BOX), np.float32)
+def details(image, size):
+    """What a miniature leaves out, at `size` (W, H) -> float (H, W). Two photos of one table have
+    the light in common, and not what lies on it."""
+    grey = Image.fromarray(image).convert("L").resize(size, Image.Resampling.BOX)
+    rough = grey.resize(MINIATURE, Image.Resampling.BOX).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(grey, np.float32) - np.asarray(rough, np.float32)
 
 
 def correlate(first, second):
-    """Pearson's correlation of the pixels; 0 where one is of one colour."""
-    first = first - first.mean()
-    second = second - second.mean()
+    """Of two arrays, about 0 both; 0 where one has no details."""
     spread = np.sqrt((first ** 2).mean() * (second ** 2).mean())
     return (first * second).mean() / spread if spread else 0.0

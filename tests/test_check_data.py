@@ -71,7 +71,7 @@ def test_what_is_wrong_with_many_files_is_said_once(tmp_path):
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2
     assert f"{labels}/frame_0.png: label id 70 is not one of set's" in errors[0]
-    others = ", and 11 more: frame_1.png, frame_10.png, frame_11.png, ... (--all says each)"
+    others = " (and 11 more: frame_1.png, frame_10.png, frame_11.png, ...; --all says each)"
     assert errors[0].endswith(others)
     assert f"{images}/frame_3.png: not an image" in errors[1] and "more" not in errors[1]
     output = command("data.py", spec, "--sheet", tmp_path / "sheet.png", "--all", code=2)

@@ -97,7 +97,10 @@ def test_masks_of_0_and_255(tmp_path):
 
     said, = said_of_classes(tmp_path / "set", paint)
     assert said == ("set: its labels hold the ids 0 and 255 alone, and 255 is void here: if it was "
-                    "meant as class 1 'class 1', write 1 in its place")
+                    "meant as a class, such as 1 'class 1', write that id in its place")
+    (tmp_path / "set" / "classes.txt").write_text("other\nroad\n")
+    said, = warnings_of(f"folder:{tmp_path / 'set'}")
+    assert said.endswith("if it was meant as class 1 'road', write 1 in its place")
     (tmp_path / "set" / "classes.txt").write_text("road\n")
     said, = warnings_of(f"folder:{tmp_path / 'set'}")
     assert "write 1 in its place, and name both in classes.txt" in said
@@ -179,7 +182,7 @@ def test_masks_with_smoothed_edges_are_said(tmp_path):
     assert said.startswith(f"{bad}: between its regions lie thin lines of ids in between")
 
 
-@pytest.mark.parametrize("how", ["antialiased", "JPEG", "counted from 1", "painted"])
+@pytest.mark.parametrize("how", ["antialiased", "JPEG", "counted from 1", "one more", "painted"])
 def test_ids_of_no_class_are_explained(how, tmp_path):
     """The error says what is probably wrong with the mask, where its ids tell."""
     spec = write_street(tmp_path / "set")
@@ -195,6 +198,8 @@ def test_ids_of_no_class_are_explained(how, tmp_path):
         save(bad, np.array(Image.open(file)))
     elif how == "counted from 1":
         save(bad, np.where(label == 255, 255, label + 1).astype(np.uint8))
+    elif how == "one more":
+        save(bad, np.where(label == 255, 0, label + 1).astype(np.uint8))
     else:
         save(bad, np.where(label == 2, 77, label).astype(np.uint8))
     with pytest.raises(DatasetError) as caught:
@@ -202,9 +207,11 @@ def test_ids_of_no_class_are_explained(how, tmp_path):
     said = str(caught.value)
     is_smoothed = how in ("antialiased", "JPEG")
     counts_from_1 = how == "counted from 1"
+    lacks_line = how == "one more"
     assert said.startswith(f"{bad}: label id")
     assert ("save masks without smoothed edges" in said) == is_smoothed
     assert ("do its ids count from 1? They must count from 0" in said) == counts_from_1
+    assert ("does classes.txt lack a line, of a background with the id 0?" in said) == lacks_line
 
 
 # ---------------------------------------------------------------- crops and frames
@@ -268,8 +275,9 @@ def test_pictures_that_only_look_alike_from_afar_are_not_the_same(tmp_path):
     for i in range(2):
         noise = rng.normal(128, 20, (512, 544, 3))
         save(images / f"frame_0{1 + 2 * i}.png", noise.astype(np.uint8))
-        table = np.full((512, 544, 3), 128, np.uint8)
-        table[100 + 200 * i:130 + 200 * i, 100:130] = 250
+        light = np.linspace(90, 170, 544)[None, :, None]
+        table = np.repeat(light + rng.normal(0, 3, (512, 544, 1)), 3, 2).astype(np.uint8)
+        table[100 + 200 * i:107 + 200 * i, 100:107] = 250         # smaller than a cell
         save(images / f"frame_0{2 * i}.png", table)
     (tmp_path / "set" / "train.txt").write_text("frame_00\nframe_01\n")
     (tmp_path / "set" / "val.txt").write_text("frame_02\nframe_03\n")
@@ -299,6 +307,6 @@ def test_warnings_alone_are_no_error(tmp_path):
     output = command("data.py", spec, "--sheet", tmp_path / "sheet.png")
     warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and "error" not in output
-    assert warnings[0].endswith("take one of the two out, and 1 more: frame_09.png")
+    assert warnings[0].endswith("take one of the two out (and 1 more: frame_09.png)")
     output = command("data.py", spec, "--sheet", tmp_path / "sheet.png", "--all")
     assert output.count("warning: ") == 2
