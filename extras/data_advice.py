@@ -8,7 +8,7 @@ None of these needs to be a mistake, so none stops a run.
 
 import numpy as np
 
-from data import IGNORE, Files
+from data import IGNORE, Files, Folder
 from extras.crop_advice import describe_large, describe_padding
 from extras.shared_pictures import SAME, compare, find_alike
 from train import FLAGS
@@ -78,9 +78,10 @@ def compare_classes(dataset, counts, total, void):
     unmet = [i for i in ids if not total[i]]
     untrained = [i for i in ids if total[i] and not counts["train"][i]]
     unscored = [i for i in ids if counts["train"][i] and not counts["val"][i]]
+    lists = " (train.txt and val.txt name the frames)" if isinstance(dataset, Folder) else ""
     sentences = []
     if unmet:
-        hint = "were they painted with other ids, or left out of the export?"
+        hint = "painted with another id, or left out of the export?"
         if void >= MUCH_VOID:
             hint = (f"void is {100 * void:.0f} % of all pixels, and 255 is void here: if it was "
                     f"meant as class {unmet[0]}, write {unmet[0]} in its place")
@@ -89,15 +90,16 @@ def compare_classes(dataset, counts, total, void):
         others = [split for split in counts if counts[split][untrained].any()]
         sentences.append(f"{dataset.name}: {' and '.join(others)} has "
                          f"{name_classes(dataset, untrained)}, and train has not, so it cannot be "
-                         f"learned: move some frames that show it to train")
+                         f"learned: move some frames that show it to train{lists}")
     if unscored:
         sentences.append(f"{dataset.name}: train has {name_classes(dataset, unscored)}, and val "
-                         f"has not, so it is not scored: move some frames that show it to val")
+                         f"has not, so it is not scored: move some frames that show it to "
+                         f"val{lists}")
     return sentences
 
 
 def name_classes(dataset, ids):
-    """[2, 5] -> "class 2 'car' and 5 'pole'" """
+    """[2, 5] -> class 2 'car', 5 'pole' (and 3 more)"""
     names = [f"{i} {dataset.classes[i]!r}" for i in ids[:MOST_LISTED]]
     more = f" and {len(ids) - MOST_LISTED} more" if len(ids) > MOST_LISTED else ""
     return "class " + ", ".join(names) + more

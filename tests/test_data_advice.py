@@ -118,8 +118,8 @@ def test_a_class_that_became_void(tmp_path):
 
 def test_a_class_that_nobody_painted(tmp_path):
     said, = said_of_classes(tmp_path / "set", lambda label: np.where(label == 7, 1, label))
-    assert said == ("set: no label has class 7 'class 7': were they painted with other ids, or "
-                    "left out of the export?")
+    assert said == ("set: no label has class 7 'class 7': painted with another id, or left out of "
+                    "the export?")
 
 
 @pytest.mark.parametrize("kept, sentence", [
@@ -135,7 +135,7 @@ def test_a_class_of_one_split_alone(kept, sentence, tmp_path):
             label[:20, :20] = 7
         save(path, label)
     said, = warnings_of(spec)
-    assert said.startswith(sentence)
+    assert said.startswith(sentence) and "train.txt and val.txt name the frames" in said
     (tmp_path / "set" / "images" / "frame_00.png").write_text("not an image")
     assert warnings_of(spec) == []                                # of half a split nothing is known
 
