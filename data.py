@@ -251,8 +251,10 @@ class Files(Dataset):
         label = lookup[raw]
         wrong = label == INVALID
         if wrong.any():
+            checks = find_checks()
+            hint = checks.explain_ids(raw, len(self.classes)) if checks else ""
             raise DatasetError(f"{path}: label id {raw[wrong][0]} is not one of {self.name}'s "
-                               f"(0-{len(self.classes) - 1}, or void)")
+                               f"(0-{len(self.classes) - 1}, or void){hint}")
         return label
 
 
@@ -286,10 +288,8 @@ class CamVid(Files):
 
     def find_frames(self, split):
         if (self.root / "LabeledApproved_full").is_dir():
-            images = list_images(self.root / "701_StillsRaw_full", "CamVid's frames")
-            labels = list_images(self.root / "LabeledApproved_full", "CamVid's labels")
-            pairs = pair(images, without_suffix(labels))
-            return {stem: paths for stem, paths in pairs.items() if camvid_split(stem) == split}
+            original = import_extra("camvid_original", "CamVid's original layout")
+            return original.find_frames(self.root, split)
         if (self.root / f"{split}_labels").is_dir():
             images = list_images(self.root / split, "CamVid's images")
             labels = list_images(self.root / f"{split}_labels", "CamVid's labels, Kaggle's layout")
@@ -303,7 +303,7 @@ class CamVid(Files):
     def read_label_file(self, path):
         raw = read_picture(path, self.label_mode)
         if raw.ndim == 3:
-            colours = import_extra("camvid_colours", "CamVid's labels in 32 colours")
+            colours = import_extra("camvid_original", "CamVid's labels in 32 colours")
             return colours.classes_of(raw, path)
         return self.map_ids(raw, self.lookup, path)
 
@@ -311,16 +311,6 @@ class CamVid(Files):
 def without_suffix(labels):
     """{"0001TP_006690_L": path} -> {"0001TP_006690": path}"""
     return {stem.removesuffix("_L"): path for stem, path in labels.items()}
-
-
-def camvid_split(stem):
-    """SegNet's split of the 701 frames, by drive and frame number: 367 train, 101 val, 233 test."""
-    drive, _, frame = stem.partition("_")
-    if drive == "Seq05VD" or (drive == "0001TP" and frame >= "008550"):
-        return "test"
-    if drive == "0016E5" and "07959" <= frame <= "08159":
-        return "val"
-    return "train"
 
 
 # ---------------------------------------------------------------- Cityscapes
@@ -393,48 +383,66 @@ class Folder(Files):
         colours = read_classes(root)
         super().__init__(root.name, colours, root, own_ids(len(colours)))
 
-    def find_all_frames(self):
-        images = list_images(self.root / "images", "images")
-        labels = list_images(self.root / "labels", "labels")
-        return pair(images, labels)
-
     def find_frames(self, split):
-        pairs = self.find_all_frames()
-        lists = [name for name in SPLITS if os.path.lexists(self.root / f"{name}.txt")]
-        path = self.root / f"{split}.txt"
+        images, labels = self.list_files()
+        lists = self.read_lists()
         if not lists:
-            stems = self.cut_by_order(list(pairs), split)
-        elif split in lists:
-            stems = read_lines(path)
-            self.check_lists_are_apart(lists)
-        else:
-            raise DatasetError(f"{path}: there is no such list of stems (found {', '.join(lists)})")
+            return self.cut_by_order(pair(images, labels), split)
+        if split not in lists:
+            raise DatasetError(f"{self.root / split}.txt: there is no such list of stems (found "
+                               f"{', '.join(lists)})")
+        self.check_listed(split, lists[split], images, labels)
+        return {stem: (images[stem], labels[stem]) for stem in lists[split]}
+
+    def find_all_frames(self):
+        """With lists, an image or a label that none of them names may be without its partner."""
+        images, labels = self.list_files()
+        lists = self.read_lists()
+        if not lists:
+            return pair(images, labels)
+        for split, stems in lists.items():
+            self.check_listed(split, stems, images, labels)
+        return {stem: (images[stem], labels[stem]) for stem in images if stem in labels}
+
+    def list_files(self):
+        """-> {stem: path} of all images, and of all labels."""
+        images = list_images(self.root / "images", "images")
+        return images, list_images(self.root / "labels", "labels")
+
+    def read_lists(self):
+        """-> {split: its stems} of the lists that there are. Raises DatasetError for a frame that
+        is trained and scored on; val and test may share."""
+        found = [name for name in SPLITS if os.path.lexists(self.root / f"{name}.txt")]
+        lists = {name: read_lines(self.root / f"{name}.txt") for name in found}
+        trained = set(lists.get("train", ()))
+        for name in ("val", "test"):
+            shared = [stem for stem in lists.get(name, ()) if stem in trained]
+            if shared:
+                raise DatasetError(f"{self.root / name}.txt: it names {shared[0]!r}, and so does "
+                                   f"train.txt: a network would be scored on what it learned")
+        return lists
+
+    def check_listed(self, split, stems, images, labels):
+        """Raise DatasetError unless a list names frames, each with its image and its label."""
+        path = self.root / f"{split}.txt"
         if not stems:
             raise DatasetError(f"{path}: it names no frame")
-        for stem in stems:
-            if stem not in pairs:
-                raise DatasetError(f"{path}: no image has the stem {stem!r}")
-        return {stem: pairs[stem] for stem in stems}
+        for what, files in (("image", images), ("label", labels)):
+            missing = [stem for stem in stems if stem not in files]
+            if missing:
+                raise DatasetError(f"{path}: no {what} has the stem {missing[0]!r}, its name "
+                                   f"without .png ({len(missing)} such lines)")
 
-    def check_lists_are_apart(self, lists):
-        """Raise DatasetError for a frame that is trained and scored on. val and test may share."""
-        stems = {name: read_lines(self.root / f"{name}.txt") for name in lists}
-        trained = set(stems.pop("train", ()))
-        for name, held_out in stems.items():
-            for stem in held_out:
-                if stem in trained:
-                    raise DatasetError(f"{self.root / name}.txt: it names {stem!r}, and so does "
-                                       f"train.txt: a network would be scored on what it learned")
-
-    def cut_by_order(self, stems, split):
-        """-> the stems of a split without lists. The last fifth is val: frames are often video, so
+    def cut_by_order(self, pairs, split):
+        """-> the frames of a split without lists. The last fifth is val: frames are often video, so
         neighbours stay together."""
-        cut = len(stems) - max(1, len(stems) // 5)
-        parts = {"train": stems[:cut], "val": stems[cut:]}
+        frames = list(pairs.items())
+        cut = len(frames) - max(1, len(frames) // 5)
+        parts = {"train": frames[:cut], "val": frames[cut:]}
         if not parts.get(split):
             raise DatasetError(f"{self.root}: no {split} frames; write their stems to {split}.txt, "
                                f"one a line")
-        return parts[split]
+        return dict(parts[split])
 
 
 def read_classes(root):

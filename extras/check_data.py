@@ -2,7 +2,8 @@
 
     python data.py folder:DIR [--split val] [--fold 0 --folds 5] [--sheet contact_sheet.png]
 
-All that is wrong is found in one pass, a sentence for each file, and the exit code is then 2.
+All that is wrong is found in one pass, and the exit code is then 2. What is wrong with many files
+is said once; --all says it of each. What is probably wrong is a warning, and no error.
 """
 
 import argparse
@@ -17,15 +18,20 @@ from data import (
     SPLITS,
     DatasetError,
     Files,
+    Folder,
     SecretLabels,
     expand_user,
     open_dataset,
 )
 from extras.cli import UsageError, add_fold_flags, run_command, show_progress
+from extras.data_advice import advise
 from extras.data_checks import check_end
 from extras.outputs import picture_path, save_picture
 from extras.pictures import colourise, grid, overlay
 from extras.printable import printable
+from extras.said_once import said_once
+from extras.shared_pictures import miniature
+from extras.smoothed_masks import CLEAR, smoothed_share
 
 SHEET_FRAMES = 4                                                  # of each split
 
@@ -35,8 +41,10 @@ class Findings:
     """What reading every frame of a split found."""
 
     counts: np.ndarray                                            # pixels of each id (256,)
-    sizes: dict = field(default_factory=dict)                     # {"WxH": frames}
+    sizes: dict = field(default_factory=dict)                     # {(H, W): frames}
     problems: list = field(default_factory=list)                  # sentences
+    miniatures: dict = field(default_factory=dict)                # {frame: its picture, small}
+    smoothed: list = field(default_factory=list)                  # frames: their labels' edges are
 
 
 def check(dataset):
@@ -61,9 +69,10 @@ def check_frame(dataset, i, found):
         found.problems.append(str(error))
         return
     found.counts += np.bincount(label.ravel(), minlength=256)
-    height, width = label.shape
-    size = f"{width}x{height}"
-    found.sizes[size] = found.sizes.get(size, 0) + 1
+    found.sizes[label.shape] = found.sizes.get(label.shape, 0) + 1
+    found.miniatures[i] = miniature(image)
+    if smoothed_share(label) >= CLEAR:
+        found.smoothed.append(i)
 
 
 def read_whole_image(dataset, i):
@@ -102,7 +111,7 @@ def existing_splits(args, problems):
         except DatasetError as error:
             if args.split or is_a_problem(error, args.spec, split):
                 problems.append(str(error))
-            else:
+            elif str(error) not in problems:
                 print(f"no {split} split: {printable(error, 2000)}")
     return datasets
 
@@ -123,13 +132,14 @@ def parts_exist(spec, split):
 
 
 def check_split(split, dataset, problems):
-    """Read a split and print what is there."""
+    """Read a split and print what is there. -> Findings"""
     found = check(dataset)
     report(dataset, split, found)
     problems += found.problems
     if found.sizes and not found.counts[:len(dataset.classes)].any():
         problems.append(f"{dataset.where(0)}: no label of the {split} split has a class: "
                         f"all pixels are void")
+    return found
 
 
 def report(dataset, split, found):
@@ -138,9 +148,9 @@ def report(dataset, split, found):
     class_counts = found.counts[:C]
     labelled = max(class_counts.sum(), 1)
     void = 100 * found.counts[IGNORE] / max(found.counts.sum(), 1)
-    sizes = ", ".join(f"{size} ({frames})" for size, frames in found.sizes.items())
+    sizes = [f"{width}x{height} ({n})" for (height, width), n in found.sizes.items()]
     met = np.count_nonzero(class_counts)
-    print(f"\n{dataset.name} {split}: {len(dataset)} frames of {sizes}; "
+    print(f"\n{dataset.name} {split}: {len(dataset)} frames of {', '.join(sizes) or 'no size'}; "
           f"{met} of {C} classes met; void {void:.2f} % of all pixels")
     print(f"{'id':>4}  {'class':<16}{'% of labelled':>14}{'weight':>9}"
           f"      weight = 1 / ln(1.10 + share)")
@@ -150,6 +160,19 @@ def report(dataset, split, found):
         weight = 1 / np.log(1.10 + share)
         note = "" if class_counts[i] else "      not met"
         print(f"{i:>4}  {name:<16}{percent:>14.3f}{weight:>9.4f}{note}")
+
+
+def report_unlisted(dataset):
+    """Print how many images of a folder are in none of its lists, and so are not used."""
+    if not isinstance(dataset, Folder):
+        return
+    images, _ = dataset.list_files()
+    lists = dataset.read_lists()
+    listed = set().union(*lists.values())
+    unlisted = [path for stem, path in images.items() if stem not in listed]
+    if lists and unlisted:
+        print(f"\nin no list, so not used: {len(unlisted)} of {len(images)} images, the first "
+              f"{printable(unlisted[0].name)}")
 
 
 # ---------------------------------------------------------------- the sheet
@@ -188,6 +211,8 @@ def build_parser():
     add_fold_flags(parser)
     parser.add_argument("--sheet", default="contact_sheet.png", type=picture_path,
                         help="where to draw frames and labels to look at")
+    parser.add_argument("--all", action="store_true",
+                        help="say of every file what is wrong with it (default: each kind once)")
     return parser
 
 
@@ -195,13 +220,19 @@ def main():
     args = build_parser().parse_args()
     problems = []
     rows = []
+    splits = {}
     for split, dataset in existing_splits(args, problems):
-        check_split(split, dataset, problems)
+        found = check_split(split, dataset, problems)
+        splits[split] = (dataset, found)
         rows += sheet_rows(dataset)
+    if splits and args.fold is None:
+        report_unlisted(dataset)
     if rows:
         draw_sheet(rows, args.sheet, problems)
-    for problem in problems:
-        print(f"error: {printable(problem, 2000)}", file=sys.stderr)
+    for line in said_once(problems, args.all):
+        print(f"error: {line}", file=sys.stderr)
+    for line in said_once(advise(args.spec, splits), args.all):
+        print(f"warning: {line}", file=sys.stderr)
     return 2 if problems else 0
 
 

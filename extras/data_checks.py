@@ -4,13 +4,17 @@
     check_whole(picture, path)           # a picture that was just decoded
     check_end(path)                      # the same, for one that was not
     check_labelled(dataset)              # is there anything to learn, or to score?
+    explain_ids(ids, num_classes)        # why might a label hold ids of no class?
 
-Each raises DatasetError, in a sentence that names the file.
+Each check raises DatasetError, in a sentence that names the file.
 """
+
+import numpy as np
 
 from data import BROKEN_PICTURE, IGNORE, DatasetError
 from extras.jpeg_ends import ends_grey, lacks_its_end
 from extras.printable import is_plain_text, printable
+from extras.smoothed_masks import LIKELY, smoothed_share
 
 LONGEST_NAME = 200                                                # of a class
 JPEG = ("JPEG", "MPO")                                            # MPO: a JPEG with more behind it
@@ -62,3 +66,17 @@ def check_labelled(dataset):
             return
     raise DatasetError(f"{dataset.where(0)}: no pixel of its label, nor of the other "
                        f"{len(dataset) - 1} labels of this split, has a class: all are void")
+
+
+def explain_ids(ids, num_classes):
+    """The ids of a label, uint8 (H, W), one of which is none of the classes -> what is probably
+    wrong, to be said behind that; "" where nothing tells."""
+    if smoothed_share(ids) >= LIKELY:
+        return ("; its regions have edges of ids in between, as smoothing, scaling or JPEG leave: "
+                "save masks without smoothed edges, scale them with NEAREST")
+    met = set(np.unique(ids).tolist()) - {IGNORE}
+    if max(met) != num_classes:
+        return ""
+    if 0 in met:
+        return "; does classes.txt lack a line, of a background with the id 0?"
+    return "; do its ids count from 1? They must count from 0"

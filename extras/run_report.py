@@ -11,6 +11,7 @@ import torch
 
 from extras.cli import NotFinite, device_name
 from extras.comparison import draw_comparison, spread_indices
+from extras.crop_advice import describe_padding, worked_sizes
 from extras.distributed import rank, world_size
 from extras.fit_log import FitLog
 from extras.outputs import save_picture, write_text
@@ -105,6 +106,7 @@ def print_recipe(run, recipe):
     print(f"{run.train_set.name}: {len(run.train_set)} train{unlabelled}, "
           f"{len(run.val_set)} val frames, {len(run.train_set.classes)} classes; "
           f"crops {args.crop[0]}x{args.crop[1]}, {args.augment} augmentation")
+    note_padding(run)
     print(f"student SegFormer-{args.student.upper()} {origin}, norm {args.norm}, "
           f"{recipe['parameters']:,} parameters, on {run.device}, amp {args.amp}")
     print(f"loss = {terms}; AdamW, lr {args.lr:g} with {100 * args.warmup:g} % warm-up, "
@@ -113,6 +115,16 @@ def print_recipe(run, recipe):
     print(f"{args.iters} steps of {run.total_batch} images = {args.batch_size} x {args.accum} "
           f"accumulated x {world_size()} processes, {epochs:.1f} epochs, seed {args.seed}; "
           f"writing to {run.folder}{resuming}", flush=True)
+
+
+def note_padding(run):
+    """Say that the crop is larger than the frames, where it is."""
+    args = run.args
+    if args.augment == "plain":                        # which scales frames to the crop
+        return
+    sentence = describe_padding(worked_sizes(run.train_set), args.crop, args.scale_range)
+    if sentence:
+        print(f"note: {sentence}")
 
 
 # ------------------------------ losses, every few steps

@@ -136,12 +136,17 @@ def fuzz(path, count, seed):
     return outcome
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args(description):
+    """-> what the command line says: .count and .seed"""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--count", type=int, default=2000,
                         help="damaged files of each format (default 2000)")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args(__doc__.splitlines()[0])
     with tempfile.TemporaryDirectory() as folder:
         for name, path in write_originals(Path(folder)).items():
             load_checkpoint(path)           # what a first load loads, it loads now

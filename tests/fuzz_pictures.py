@@ -9,7 +9,6 @@ and the checksums of a PNG are made right again, so that the damage gets past th
 a frame, as a label and as a photo, and looked at as a run's start does.
 """
 
-import argparse
 import collections
 import io
 import struct
@@ -27,7 +26,7 @@ from PIL import Image
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from fuzz import mutate  # noqa: E402
+from fuzz import mutate, parse_args  # noqa: E402
 
 from data import DatasetError, measure_picture, read_picture  # noqa: E402  (after the path is set)
 from extras.data_checks import check_end  # noqa: E402
@@ -119,11 +118,7 @@ def try_to_read(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=2000,
-                        help="damaged files of each format (default 2000)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parse_args(__doc__.splitlines()[0])
     warnings.simplefilter("ignore")                               # Pillow's, of odd metadata
     with tempfile.TemporaryDirectory() as folder:
         for name, content in make_originals().items():

@@ -27,7 +27,7 @@ from data import (
     pixel_counts,
     read_picture,
 )
-from extras.camvid_colours import CAMVID_COLOURS
+from extras.camvid_original import CAMVID_COLOURS, split_of
 from extras.toy_scenes import draw_scene
 from small_datasets import (
     BROKEN_FOLDERS,
@@ -141,6 +141,36 @@ def test_folder_layout_splits_and_colours(tmp_path):
         open_dataset(spec, "test")
 
 
+def test_lists_choose_frames_before_they_are_paired(tmp_path):
+    """A photo that nobody has labelled yet, in no list, is nobody's business."""
+    spec = write_folder(tmp_path, frames=8)
+    (tmp_path / "labels" / "frame_6.png").unlink()
+    (tmp_path / "images" / "frame_7.png").unlink()
+    with pytest.raises(DatasetError, match="images/frame_6.png: this image has no label"):
+        open_dataset(spec, "train")
+    (tmp_path / "train.txt").write_text("frame_1\nframe_2\nframe_0\n")
+    (tmp_path / "val.txt").write_text("frame_5\n")
+    assert open_dataset(spec, "train").stems == ["frame_1", "frame_2", "frame_0"]
+    assert open_dataset(spec, "val").stems == ["frame_5"]
+    stems = open_dataset(spec, "train", fold=0).stems + open_dataset(spec, "val", fold=0).stems
+    assert sorted(stems) == [f"frame_{i}" for i in range(6)]      # all that have both
+
+
+@pytest.mark.parametrize("stem, what", [("frame_6", "label"), ("frame_7", "image"),
+                                        ("frame_0.png", "image")])
+def test_a_listed_frame_needs_its_image_and_its_label(stem, what, tmp_path):
+    spec = write_folder(tmp_path, frames=8)
+    (tmp_path / "labels" / "frame_6.png").unlink()
+    (tmp_path / "images" / "frame_7.png").unlink()
+    (tmp_path / "train.txt").write_text(f"frame_1\n{stem}\n")
+    (tmp_path / "val.txt").write_text("frame_5\n")
+    sentence = f"train.txt: no {what} has the stem '{stem}', its name without .png .1 such"
+    for fold in (None, 0):
+        with pytest.raises(DatasetError, match=sentence):
+            open_dataset(spec, "train", fold=fold)
+    assert open_dataset(spec, "val").stems == ["frame_5"]         # whose own frames are whole
+
+
 def test_a_background_class_is_grey_unless_it_says_otherwise(tmp_path):
     """Defect 8: the first of the distinct colours is a bright red."""
     spec = write_folder(tmp_path)
@@ -251,7 +281,7 @@ def test_a_split_without_frames_is_a_sentence(tmp_path):
 def test_camvids_split_by_name_is_the_official_one():
     for split in data.SPLITS:
         stems = open_dataset(f"camvid:{CAMVID}", split).stems
-        assert {data.camvid_split(stem) for stem in stems} == {split}
+        assert {split_of(stem) for stem in stems} == {split}
 
 
 # ---------------------------------------------------------------- folds

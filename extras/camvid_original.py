@@ -1,17 +1,19 @@
-"""CamVid's original labels: 32 colours, in the 11 classes that SegNet made of them.
+"""CamVid as Cambridge gives it away: all frames in one folder, and labels in 32 colours, of which
+SegNet made 11 classes and three splits.
 
+    frames = find_frames(root, split)          # {stem: (image path, label path)}
     label = classes_of(colours, path)          # RGB (H, W, 3) -> classes and IGNORE (H, W)
 
-Cambridge and Kaggle give CamVid away so; data.py comes here for their layouts.
+data.py comes here for that layout, and for the colours, which Kaggle's has too.
 
 References
   Brostow et al., Semantic object classes in video, 2009 (the 32)
-  Badrinarayanan et al., SegNet, 2017 (the 11)
+  Badrinarayanan et al., SegNet, 2017 (the 11, and the splits)
 """
 
 import numpy as np
 
-from data import CAMVID, IGNORE, INVALID, DatasetError
+from data import CAMVID, IGNORE, INVALID, DatasetError, list_images, pair, without_suffix
 
 CAMVID_COLOURS = {                                                # the original 32, in the 11
     "Sky": [(128, 128, 128)],
@@ -58,3 +60,21 @@ def classes_of(colours, path):
         colour = tuple(colours[wrong][0].tolist())
         raise DatasetError(f"{path}: colour {colour} is none of CamVid's 32")
     return label
+
+
+def find_frames(root, split):
+    """-> {stem: (image path, label path)}. Raises DatasetError."""
+    images = list_images(root / "701_StillsRaw_full", "CamVid's frames")
+    labels = list_images(root / "LabeledApproved_full", "CamVid's labels")
+    pairs = pair(images, without_suffix(labels))
+    return {stem: paths for stem, paths in pairs.items() if split_of(stem) == split}
+
+
+def split_of(stem):
+    """SegNet's split of the 701 frames, by drive and frame number: 367 train, 101 val, 233 test."""
+    drive, _, frame = stem.partition("_")
+    if drive == "Seq05VD" or (drive == "0001TP" and frame >= "008550"):
+        return "test"
+    if drive == "0016E5" and "07959" <= frame <= "08159":
+        return "val"
+    return "train"
