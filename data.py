@@ -127,7 +127,11 @@ class Dataset:
         """-> the same of all frames that have labels, to be dealt into folds."""
         frames = {}
         for split in SPLITS:
-            frames |= self.find_frames(split)
+            for stem, files in self.find_frames(split).items():
+                if stem in frames:
+                    raise DatasetError(f"{self.name}: two of its splits have a frame {stem!r}, of "
+                                       f"which a fold would leave one out: rename one")
+                frames[stem] = files
         return frames
 
     def use_frames(self, frames):

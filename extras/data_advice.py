@@ -151,6 +151,6 @@ def compare_with_train(train_split, other_split):
     trained = set(train.stems)
     for j, stem in enumerate(dataset.stems):
         if stem in trained and stem not in named:
-            sentences.append(f"{dataset.where(j)}: train has another frame of this name, and with "
-                             f"--fold one of the two would be left out: rename one")
+            sentences.append(f"{dataset.where(j)}: train has another frame of this name, which "
+                             f"--fold refuses: rename one of the two")
     return sentences

@@ -295,6 +295,8 @@ def test_camvids_layout_with_one_name_in_two_splits(tmp_path):
     save(root / "val" / "A_001.png", noise)
     said, = [said for said in warnings_of(spec) if "frame of this name" in said]
     assert said.startswith(f"{root}/val/A_001.png: train has another frame of this name")
+    with pytest.raises(DatasetError, match="two of its splits have a frame 'A_001'"):
+        open_dataset(spec, "train", fold=0)
 
 
 # ---------------------------------------------------------------- the command
