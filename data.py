@@ -125,12 +125,16 @@ class Dataset:
 
     def find_all_frames(self):
         """-> the same of all frames that have labels, to be dealt into folds."""
+        return self.join_splits(SPLITS)
+
+    def join_splits(self, splits):
+        """-> the frames of several splits. Raises DatasetError for two of one name."""
         frames = {}
-        for split in SPLITS:
+        for split in splits:
             for stem, files in self.find_frames(split).items():
                 if stem in frames:
                     raise DatasetError(f"{self.name}: two of its splits have a frame {stem!r}, of "
-                                       f"which a fold would leave one out: rename one")
+                                       f"which one would be left out: rename one")
                 frames[stem] = files
         return frames
 
@@ -498,7 +502,7 @@ READERS = {"toy": Toy, "camvid": CamVid, "cityscapes": Cityscapes, "folder": Fol
 
 def open_dataset(spec, split, fold=None, folds=2, transform=None, fold_by=None, cache=None,
                  size=None):
-    """The frames of `split` ("train", "val", "test") of a data set -> Dataset.
+    """The frames of `split` ("train", "val", "test" or "train+val") of a data set -> Dataset.
 
     spec       "toy", "camvid:DIR", "cityscapes:DIR" or "folder:DIR", see the head of this file
     fold       0..folds-1: all labelled frames are dealt into folds instead of the data's own
@@ -512,11 +516,11 @@ def open_dataset(spec, split, fold=None, folds=2, transform=None, fold_by=None, 
 
     Raises DatasetError, naming what was looked for where.
     """
-    if split not in SPLITS:
-        raise DatasetError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    if split not in (*SPLITS, "train+val"):
+        raise DatasetError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}, train+val")
     dataset = find_dataset(spec)
     if fold is None:
-        frames = dataset.find_frames(split)
+        frames = dataset.join_splits(split.split("+"))
         if not frames:
             raise DatasetError(f"{spec}: none of its frames belongs to {split}")
     else:

@@ -742,13 +742,15 @@ def note_training(student, args, train_set):
         "folds": args.folds,
         "fold_by": args.fold_by,
     }
+    if args.with_val:
+        student.trained_on["with_val"] = True
 
 
 def choose_class_weights(args, train_set):
     """The paper's constants for Cityscapes, else counted on the training labels. -> (C,)"""
-    has_all_labels = args.fold is None and args.labelled is None
+    is_whole_train = args.fold is None and args.labelled is None and not args.with_val
     # None: a run that was begun before the flag existed.
-    is_paper_setting = has_all_labels and args.class_weights in (None, "enet")
+    is_paper_setting = is_whole_train and args.class_weights in (None, "enet")
     if args.data.startswith("cityscapes") and is_paper_setting:
         return torch.tensor([weight for _, _, weight in CITYSCAPES.values()])
     counts = cached_pixel_counts(train_set)            # for "none" too: it checks every label

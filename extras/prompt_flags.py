@@ -44,7 +44,7 @@ DATASET_DEFAULTS = {
 
 
 # What the loop reads of train.py's flags and cannot be chosen here.
-FIXED = {"accum": 1, "compile": False, "fit_log": False, "labelled": None}
+FIXED = {"accum": 1, "compile": False, "fit_log": False, "labelled": None, "with_val": False}
 
 
 class PromptFlags(TrainFlags):

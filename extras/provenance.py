@@ -60,9 +60,10 @@ def training_data(model):
 
 
 def warn_of_leak(model, path, args):
-    """Warn when the folds that a model was trained on are not those of `args`: it has seen frames.
+    """Warn when the folds that a model was trained on are not those of `args`, or val was trained
+    on too: it has seen frames.
 
-    args: data, fold, folds and fold_by, as the flags of train.py and eval.py.
+    args: data, fold, folds and fold_by, as the flags of train.py and eval.py; of eval.py also split
     """
     trained = training_data(model)
     now = {name: getattr(args, name) for name in ("data", "fold", "folds", "fold_by")}
@@ -70,6 +71,10 @@ def warn_of_leak(model, path, args):
         return
     # The official split, in training and now: it keeps the frames apart.
     if trained["fold"] is None and now["fold"] is None:
+        is_scored_on_val = getattr(args, "split", "val") == "val"
+        if model.trained_on.get("with_val") and is_scored_on_val:
+            print(f"warning: {path} was trained on the frames of val too (--with-val), and is "
+                  f"scored on them now", file=sys.stderr)
         return
     before = describe_fold(trained)
     after = describe_fold(now)

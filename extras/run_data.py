@@ -15,7 +15,8 @@ def open_splits(args):
     """-> the data sets to train on; of frames that the teacher alone labels, or None; to validate
     on. A quick look at every file is taken."""
     splits = []
-    for split in ("train", "val"):
+    train_split = "train+val" if args.with_val else "train"
+    for split in (train_split, "val"):
         dataset = open_dataset(args.data, split, args.fold, args.folds, fold_by=args.fold_by,
                                cache=args.cache, size=args.size)
         sees_frames_as_they_are = split == "val" and args.augment != "plain" and not dataset.size

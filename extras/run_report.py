@@ -107,6 +107,9 @@ def print_recipe(run, recipe):
           f"{len(run.val_set)} val frames, {len(run.train_set.classes)} classes; "
           f"crops {args.crop[0]}x{args.crop[1]}, {args.augment} augmentation")
     note_padding(run)
+    if args.with_val:
+        print("note: val is trained on (--with-val): its scores say nothing of other frames, and "
+              "the result is last.pth, to be scored on test")
     print(f"student SegFormer-{args.student.upper()} {origin}, norm {args.norm}, "
           f"{recipe['parameters']:,} parameters, on {run.device}, amp {args.amp}")
     print(f"loss = {terms}; AdamW, lr {args.lr:g} with {100 * args.warmup:g} % warm-up, "

@@ -134,6 +134,8 @@ class TrainFlags:
             raise UsageError("--scale-range: LO is larger than HI")
         if given.get("iters") and given.get("epochs"):
             raise UsageError("--iters and --epochs say the same thing: give one")
+        if given.get("with_val") and args.fold is not None:
+            raise UsageError("--with-val is for the data's own splits, and --fold deals others")
 
     def check_settled(self, args):
         """What only the settled flags of a new run tell. Raises UsageError.
@@ -218,6 +220,8 @@ class TrainFlags:
         add("--labelled", "use the labels of this share of the train frames, the first of each "
             "drive; the others are left out, or with a teacher taught by it alone, half of each "
             "batch (default: all)", type=number(float, 0.0, 1.0, open_low=True))
+        add_switch("--with-val", "train on the frames of val too, for a last run that is scored on "
+                   "test: what it scores on val says nothing then, and last.pth is its result")
         for term in self.distillation_terms:
             add(f"--lambda-{term.name}", term.help, type=NOT_NEGATIVE)
             for option in term.options:

@@ -325,6 +325,10 @@ def test_a_data_set_that_has_moved_still_warns(capsys):
     assert "it has seen frames" in warning_for(camvid, capsys, data="camvid:/other/name", fold=1)
     official = camvid | {"fold": None}
     assert not warning_for(official, capsys, data="camvid:/old/CamVid")
+    with_val = official | {"with_val": True}
+    said = warning_for(with_val, capsys, data="camvid:/old/CamVid", split="val")
+    assert "net.pth was trained on the frames of val too" in said
+    assert not warning_for(with_val, capsys, data="camvid:/old/CamVid", split="test")
     for nonsense in (None, 7, {"data": 7}, {}):
         assert not warning_for(nonsense, capsys, data="camvid:/old/CamVid", fold=1)
 

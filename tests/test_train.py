@@ -106,6 +106,21 @@ def test_a_checkpoint_tells_its_data_as_the_command_saw_it(tmp_path, monkeypatch
     assert last["training"]["args"]["data"] == f"folder:{tmp_path}/set"   # --resume works elsewhere
 
 
+def test_val_can_be_trained_on_for_a_last_run(tmp_path, folder, capsys):
+    out = tmp_path / "run"
+    flags = ("--data", folder, *SMALL, "--iters", 2, "--eval-every", 1)
+    train_with(*flags, "--with-val", "--out", out)
+    said = capsys.readouterr().out
+    assert "6 train, 1 val frames" in said             # 5 and 1 without it
+    assert "note: val is trained on (--with-val)" in said
+    train_with("--resume", "--out", out, "--iters", 3)
+    assert load_checkpoint(out / "last.pth").trained_on["with_val"] is True
+    assert "warning" in command("eval.py", out / "last.pth", "--data", folder)
+
+    with pytest.raises(UsageError, match="--with-val is for the data's own splits"):
+        train_with(*flags, "--with-val", "--fold", 0, "--out", tmp_path / "folds")
+
+
 # ---------------------------------------------------------------- parts
 
 def test_learning_rate_at_its_corners():
@@ -905,8 +920,10 @@ def test_a_hundred_kills_at_random_moments(tmp_path, folder):
     writes.
     """
     whole = tmp_path / "whole"
-    flags = ("--data", folder, *SMALL, "--iters", 3000, "--eval-every", 3)
-    command("train.py", *flags, "--out", whole)
+    flags = ("--data", folder, *SMALL, "--iters", 1200, "--eval-every", 3)
+    process = start(*flags, "--out", whole)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
 
     out = tmp_path / "cut"
     rng = np.random.default_rng(0)
@@ -916,7 +933,7 @@ def test_a_hundred_kills_at_random_moments(tmp_path, folder):
             time.sleep(rng.uniform(0, 9))
         else:
             steps = len(log(out)) if (out / "log.csv").exists() else 0
-            wait_for_step(process, out, steps + rng.integers(4, 20))
+            wait_for_step(process, out, steps + rng.integers(4, 9))
             time.sleep(rng.uniform(0, 0.5))
         assert process.poll() is None, process.communicate()[0]
         os.killpg(process.pid, signal.SIGKILL)
