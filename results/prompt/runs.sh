@@ -5,7 +5,7 @@
 # RUNS: where the runs' folders go (default: runs/prompt); PART: toy, camvid or bits (default: all three, one after the
 # other); SEEDS: "0 1". Set CAMVID to a folder in SegNet's layout, and B0 to a B0 trained on it for the last part.
 # Short schedules on one thread, to compare and not to boast of: toy scenes at 64x128, 200 steps of 4 images (the
-# teacher 300); CamVid at 192x256, 300 steps of 4 (the teacher 500).
+# teacher 300); CamVid at 144x192, 200 steps of 4 (the teacher 300).
 cd "$(dirname "$0")/../.." || exit 1
 RUNS=${1:-runs/prompt}
 PARTS=${2:-toy camvid bits}
@@ -16,7 +16,7 @@ mkdir -p "$RUNS"
 export OMP_NUM_THREADS=1
 
 TOY=(--data toy --size 64 128 --crop 64 128 --workers 0 --eval-every 100)
-STREET=(--data "camvid:$CAMVID" --size 192 256 --crop 192 256 --batch-size 4 --workers 0 --eval-every 1000)
+STREET=(--data "camvid:$CAMVID" --size 144 192 --crop 144 192 --batch-size 4 --workers 0 --eval-every 1000)
 
 prompt() {                                    # prompt NAME FLAGS...: a network that is told what to segment
     local name=$1
@@ -47,9 +47,9 @@ score() {                                     # score NAME TEACHER FLAGS...: its
 }
 
 on_test() {                                   # on_test NAME: CamVid's test, which has absent classes
-    [ -e "results/prompt/$1-test.json" ] && return
-    python -m extras.prompt compare "$RUNS/$1/last.pth" --data "camvid:$CAMVID" --split test --modes fp32 \
-        --json "results/prompt/$1-test.json" > "$RUNS/$1-test-scores.txt" 2>&1
+    [ -e "results/prompt/camvid-test-$1.json" ] && return
+    python -m extras.prompt compare "$RUNS/camvid-$1/last.pth" --data "camvid:$CAMVID" --split test --modes fp32 \
+        --json "results/prompt/camvid-test-$1.json" > "$RUNS/camvid-test-$1.txt" 2>&1
 }
 
 toy_student() {                               # toy_student NAME FLAGS...
@@ -65,6 +65,12 @@ fewer_bits() {                                # fewer_bits NAME: the whole table
         --json "results/prompt/bits-$1.json" > "$RUNS/bits-$1.txt" 2>&1
 }
 
+negatives() {                                 # negatives SEED
+    toy_student no-absent-$1 --seed $1 --absent 0
+    toy_student no-empty-$1 --seed $1 --empty 0
+    toy_student many-empty-$1 --seed $1 --empty 0.2
+}
+
 toy() {
     prompt teacher "${TOY[@]}" --student b2 --tokenizer bytes --lr 1.2e-3 --iters 300
     local seed
@@ -77,9 +83,7 @@ toy() {
         prompt phase-1-2-$seed "${half[@]}" --phase 2 --init "$RUNS/phase-1-half-$seed/last.pth"
         score phase-1-2-$seed teacher
         closed closed-set-$seed "${TOY[@]}" --iters 200 --lr 4.8e-3 --seed $seed
-        toy_student no-absent-$seed --seed $seed --absent 0
-        toy_student no-empty-$seed --seed $seed --empty 0
-        toy_student many-empty-$seed --seed $seed --empty 0.2
+        [ "$seed" = 0 ] && negatives 0
     done
     toy_student four-prompts-0 --prompts 4
     # 100 steps after the tokenizer changed: the text encoder new and the rest kept, or all of it new
@@ -89,26 +93,29 @@ toy() {
     prompt first-400-0 "${TOY[@]}" --iters 400 --lr 1.2e-3
     fewer_bits first-400-0
     fewer_bits teacher
+    [[ " $SEEDS " == *" 1 "* ]] && negatives 1
 }
 
 camvid() {
-    prompt camvid-teacher "${STREET[@]}" --student b2 --tokenizer bytes --lr 1.2e-3 --iters 500
+    prompt camvid-teacher "${STREET[@]}" --student b2 --tokenizer bytes --lr 1.2e-3 --iters 300
     local seed
     for seed in $SEEDS; do
         local student=("${STREET[@]}" --lr 2.4e-3 --seed "$seed")
         local taught=("${student[@]}" --teacher "$RUNS/camvid-teacher/last.pth")
-        prompt camvid-supervised-$seed "${student[@]}" --iters 300
-        prompt camvid-phase-2-$seed "${taught[@]}" --iters 300
-        prompt camvid-phase-1-half-$seed "${taught[@]}" --iters 150 --phase 1
-        prompt camvid-phase-1-2-$seed "${taught[@]}" --iters 150 --phase 2 \
+        prompt camvid-supervised-$seed "${student[@]}" --iters 200
+        prompt camvid-phase-2-$seed "${taught[@]}" --iters 200
+        prompt camvid-phase-1-half-$seed "${taught[@]}" --iters 100 --phase 1
+        prompt camvid-phase-1-2-$seed "${taught[@]}" --iters 100 --phase 2 \
             --init "$RUNS/camvid-phase-1-half-$seed/last.pth"
-        closed camvid-closed-set-$seed "${student[@]}" --iters 300
+        closed camvid-closed-set-$seed "${student[@]}" --iters 200
         local name
-        for name in camvid-supervised-$seed camvid-phase-2-$seed camvid-phase-1-2-$seed; do
-            score $name camvid-teacher --data "camvid:$CAMVID"
+        for name in supervised phase-2 phase-1-2; do
+            score camvid-$name-$seed camvid-teacher --data "camvid:$CAMVID"
         done
-        for name in camvid-supervised-$seed camvid-phase-2-$seed camvid-phase-1-2-$seed; do
-            on_test $name
+    done
+    for seed in $SEEDS; do
+        for name in supervised phase-2 phase-1-2; do
+            on_test $name-$seed
         done
     done
 }
