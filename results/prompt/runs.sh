@@ -42,12 +42,14 @@ score() {                                     # score NAME TEACHER FLAGS...: its
     local teacher=$2
     shift 2
     [ -e "results/prompt/$name.json" ] && return
+    [ -e "$RUNS/$name/done" ] || return                     # of a whole run only
     python -m extras.prompt compare "$RUNS/$name/last.pth" --teacher "$RUNS/$teacher/last.pth" --modes fp32 \
         --json "results/prompt/$name.json" "$@" > "$RUNS/$name-scores.txt" 2>&1
 }
 
 on_test() {                                   # on_test NAME: CamVid's test, which has absent classes
     [ -e "results/prompt/camvid-test-$1.json" ] && return
+    [ -e "$RUNS/camvid-$1/done" ] || return
     python -m extras.prompt compare "$RUNS/camvid-$1/last.pth" --data "camvid:$CAMVID" --split test --modes fp32 \
         --json "results/prompt/camvid-test-$1.json" > "$RUNS/camvid-test-$1.txt" 2>&1
 }
@@ -61,6 +63,7 @@ toy_student() {                               # toy_student NAME FLAGS...
 
 fewer_bits() {                                # fewer_bits NAME: the whole table of one checkpoint
     [ -e "results/prompt/bits-$1.json" ] && return
+    [ -e "$RUNS/$1/done" ] || return
     python -m extras.prompt compare "$RUNS/$1/last.pth" --modes fp32 fp16 int8 int4 int8+int4 \
         --json "results/prompt/bits-$1.json" > "$RUNS/bits-$1.txt" 2>&1
 }
