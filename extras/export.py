@@ -30,6 +30,7 @@ from pathlib import Path
 from extras.cli import UsageError, number, run_command
 from extras.exported_model import SMALLEST_EXPORTED, export, kind_of, output_of
 from extras.hugging_face import write_folder
+from extras.provenance import refuse_prompts
 from model import load_checkpoint, save_checkpoint
 
 MAX_DROP = 1.0                                                    # points of mIoU
@@ -175,6 +176,9 @@ def main():
         args.size = tuple(args.size)
     if kind == "program":
         kind_of(args.target)                                      # its error comes before loading
+    refuse_prompts(args.checkpoint, f"give the prompts that are to be its classes, python -m "
+                                    f"extras.prompt export {args.checkpoint} {args.target} "
+                                    f"--prompts \"car, person\"")
     model = load_checkpoint(args.checkpoint)
     if kind == "checkpoint":
         export_checkpoint(model, args)

@@ -47,8 +47,8 @@ ROWS = {"fp32": None, "fp16": None, "int8": "8", "int4": "4", "int8+int4": "4+8"
 MIOU_SHARE = 0.79                                                 # of the teacher's: the reports'
 SENSITIVITY_SHARE = 0.67
 LEAST_SELECTIVITY = 0.1                                           # noise has 0 +- 0.03
-DETAILS = ("mcc", "never_trained", "empty", "argmax", "selectivity", "cgf1", "sensitivity",
-           "sensitivity_truth", "between_classes", "between_synonyms", "agreement")
+DETAILS = ("mcc", "missing", "never_trained", "empty", "argmax", "selectivity", "cgf1",
+           "sensitivity", "sensitivity_truth", "between_classes", "between_synonyms", "agreement")
 EXIT_CODES = {"GO": 0, "NO-GO": 1, "HOLD": 2}
 
 
@@ -164,7 +164,8 @@ def details(row):
     lines = [
         f"{row.name}: presence TP {scores['tp']} FP {scores['fp']} FN {scores['fn']} "
         f"TN {scores['tn']}, MCC {said['mcc']}{no_negatives}",
-        f"  said to be there: words never trained with {said['never_trained']}, "
+        f"  said to be there: classes that the image does not show {said['missing']}, "
+        f"words never trained with {said['never_trained']}, "
         f"words about images of nothing {said['empty']}",
         f"  mIoU of the classes against each other (argmax) {said['argmax']}; "
         f"selectivity {said['selectivity']}; cgF1 {said['cgf1']}",

@@ -9,6 +9,8 @@ s the presence's, g the truth in {0, 1}; all on the labelled pixels V. The thing
 g is anywhere 1; the network says so, y', where s > 0.5; its mask is M* = [m > 0.5], and M = y' M*.
 
     presence     TP FP FN TN over all pairs; precision, recall, F1, MCC
+    missing      the share of yes over the pairs whose word names a class that the image does not
+                 show (missing_pairs of them): no knowledge of words alone makes it less than 1
     miou         per class prompt sum |M and g| / sum |M or g| over the images, then the mean:
                  "gated". miou_ungated: M* in place of M, pairs with y only
     sensitivity  mean over images and pairs a < b of SENSITIVITY_PROMPTS of the mean |m_a - m_b|.
@@ -142,6 +144,7 @@ class Tally:
     questions: Questions
     counts: dict = field(default_factory=lambda: dict.fromkeys(("tp", "fp", "fn", "tn"), 0))
     never_yes: list = field(default_factory=list)                 # of words never trained with
+    missing_yes: list = field(default_factory=list)               # of classes not in the image
     gated: list = field(default_factory=list)                     # (overlap, union), each (K,)
     ungated: list = field(default_factory=list)
     agreed: list = field(default_factory=list)
@@ -179,9 +182,12 @@ class Tally:
         return (mask > 0.5) & said[:, None, None]
 
     def count_presence(self, there, said):
+        names_a_class = self.questions.table.any(1)               # (K,)
         for k in self.questions.pairs:
             outcome = OUTCOMES[bool(there[k]), bool(said[k])]
             self.counts[outcome] += 1
+            if names_a_class[k] and not there[k]:
+                self.missing_yes.append(float(said[k]))
         self.never_yes += said[self.questions.never].tolist()
 
     def add_differences(self, soft, truth):
@@ -224,6 +230,8 @@ class Tally:
             **self.counts,
             **scores,
             "never_trained": mean_of([float(said) for said in self.never_yes]),
+            "missing": mean_of(self.missing_yes),
+            "missing_pairs": len(self.missing_yes),
             "selectivity": mean_of(self.selectivity),
             "cgf1": 100 * mean_of([f1_at(self.found, t) for t in THRESHOLDS]) * scores["mcc"],
         }

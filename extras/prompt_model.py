@@ -8,7 +8,8 @@
         words    = normalize(text(prompts))                      # (K, D)
         mask     = exp(scale) <pixels, words> + bias             # (B, K, h, w)
         look     = sum_n softmax_n(mask) pixels_n                # (B, K, D), where the mask looks
-        presence = MLP([look * words, words])                    # (B, K)
+        whole    = mean_n pixels_n                               # (B, D), all of the image
+        presence = MLP([D look * words, sqrt(D) words, sqrt(D) whole])        # (B, K)
 
 One mask for each image and prompt; whether the thing is there at all is a question apart, as in
 SAM 3, and its gradient does not reach the mask's scale. The image is encoded once for any number of
@@ -46,18 +47,27 @@ class Answer(NamedTuple):
 
 
 class PresenceHead(nn.Module):
-    """Is the thing there? From where the mask looks, and from the word."""
+    """Is the thing there? From where the mask looks, from the word, and from the whole image.
+
+    An entry of a vector of length 1 is of the size 1 / sqrt(D), and one of look * words 1 / D: as
+    they are, the word drowns the image, and the head learns the word only. So they are scaled to
+    entries of the size 1. A softmax always looks somewhere; that an image shows nothing at all is
+    seen in the mean of its pixels.
+    """
 
     def __init__(self, dim):
         super().__init__()
-        self.fc1 = nn.Linear(2 * dim, dim)
+        self.dim = dim
+        self.fc1 = nn.Linear(3 * dim, dim)
         self.fc2 = nn.Linear(dim, 1)
 
     def forward(self, pixels, words, mask):                       # (B, D, h, w), (K, D), logits
         where = mask.detach().flatten(2).softmax(2)               # (B, K, h*w)
         look = where @ pixels.flatten(2).transpose(1, 2)          # (B, K, D)
-        words = words.expand(len(look), -1, -1)                   # (B, K, D)
-        seen = torch.cat([look * words, words], 2)                # (B, K, 2D)
+        match = self.dim * look * words                           # (B, K, D), its mean: the cosine
+        word = math.sqrt(self.dim) * words.expand_as(look)        # (B, K, D)
+        whole = math.sqrt(self.dim) * pixels.mean((2, 3))         # (B, D)
+        seen = torch.cat([match, word, whole[:, None].expand_as(look)], 2)    # (B, K, 3D)
         return self.fc2(F.gelu(self.fc1(seen)))[:, :, 0]          # (B, K)
 
 

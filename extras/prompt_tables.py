@@ -56,6 +56,12 @@ def both(found, key, scale=100):
     return f"{mean} ({', '.join(each)})"
 
 
+def each(found, key, form="{:.0f}", scale=1):
+    """A number of every seed, with commas between."""
+    values = [scores.get(key) for scores in found]
+    return ", ".join("-" if value is None else form.format(scale * value) for value in values)
+
+
 def missing(titles):
     return f"\nNot run: {', '.join(titles)}." if titles else ""
 
@@ -76,9 +82,9 @@ def make_table(head, rows, columns):
 
 # ---------------------------------------------------------------- the tables
 
-def teacher_scores():
+def teacher_scores(name="supervised"):
     """The teacher stands in every student's file; one is enough."""
-    return scores_of("supervised", "teacher")[:1]
+    return scores_of(name, "teacher")[:1]
 
 
 def first_400():
@@ -87,26 +93,19 @@ def first_400():
     return [content["rows"]["fp32"]] if content else []
 
 
-def closed_set():
+def closed_set(name="closed-set"):
     found = []
     for seed in SEEDS:
-        content = read(f"closed-set-{seed}")
+        content = read(f"{name}-{seed}")
         if content:
             found.append({"argmax": content["checkpoints"][0]["miou"]})
     return found
 
 
-def students():
+def student_table(rows):
+    """{title: [scores]} -> the table of masks and presence in one line each."""
     head = ["", "seeds", "mIoU, gated", "ungated", "argmax", "F1", "MCC", "selectivity", "cgF1",
             "agreement"]
-    rows = {
-        "B2, the teacher (300 steps)": teacher_scores(),
-        "B0, closed set": closed_set(),
-        "B0, supervised": scores_of("supervised"),
-        "B0, phase 2 only": scores_of("phase-2"),
-        "B0, phase 1, then 2": scores_of("phase-1-2"),
-        "B0, supervised, 400 steps, lr 1.2e-3": first_400(),
-    }
     columns = [
         lambda found: str(len(found)),
         lambda found: both(found, "miou"),
@@ -119,6 +118,27 @@ def students():
         lambda found: cell(found, "agreement"),
     ]
     return make_table(head, rows, columns)
+
+
+def students():
+    return student_table({
+        "B2, the teacher (300 steps)": teacher_scores(),
+        "B0, closed set": closed_set(),
+        "B0, supervised": scores_of("supervised"),
+        "B0, phase 2 only": scores_of("phase-2"),
+        "B0, phase 1, then 2": scores_of("phase-1-2"),
+        "B0, supervised, 400 steps, lr 1.2e-3": first_400(),
+    })
+
+
+def camvid():
+    return student_table({
+        "B2, the teacher (300 steps)": teacher_scores("camvid-supervised"),
+        "B0, closed set": closed_set("camvid-closed-set"),
+        "B0, supervised": scores_of("camvid-supervised"),
+        "B0, phase 2 only": scores_of("camvid-phase-2"),
+        "B0, phase 1, then 2": scores_of("camvid-phase-1-2"),
+    })
 
 
 def words():
@@ -136,24 +156,42 @@ def words():
     return make_table(head, rows, columns)
 
 
+def presence_table(first, rows):
+    """{title: [scores]} -> the table of presence in numbers; `first`: the head of the titles."""
+    head = [first, "TP", "FP", "FN", "TN", "MCC", "yes to classes not in the image, %",
+            "yes to words never trained, %", "yes about images of nothing, %"]
+    columns = [
+        lambda found: each(found, "tp"),
+        lambda found: each(found, "fp"),
+        lambda found: each(found, "fn"),
+        lambda found: each(found, "tn"),
+        lambda found: each(found, "mcc", "{:.3f}"),
+        lambda found: each(found, "missing", scale=100),
+        lambda found: each(found, "never_trained", scale=100),
+        lambda found: each(found, "empty", scale=100),
+    ]
+    return make_table(head, rows, columns)
+
+
 def negatives():
-    head = ["trained with", "TP", "FP", "FN", "TN", "F1", "MCC", "yes to words never trained, %",
-            "yes about images of nothing, %"]
-    rows = {
-        "8 absent words, 5 % empty images": scores_of("supervised")[:1],
+    return presence_table("trained with", {
+        "8 absent words, 5 % empty images": scores_of("supervised"),
         "no absent words": scores_of("no-absent"),
         "no empty images": scores_of("no-empty"),
         "20 % empty images": scores_of("many-empty"),
-    }
-    columns = [lambda found, name=name: cell(found, name, "{:.0f}")
-               for name in ("tp", "fp", "fn", "tn")]
-    columns += [
-        lambda found: cell(found, "f1"),
-        lambda found: cell(found, "mcc"),
-        lambda found: cell(found, "never_trained", "{:.0f}", 100),
-        lambda found: cell(found, "empty", "{:.0f}", 100),
-    ]
-    return make_table(head, rows, columns)
+    })
+
+
+def camvid_presence():
+    return presence_table("split, network", {
+        "val, teacher": teacher_scores("camvid-supervised"),
+        "val, supervised": scores_of("camvid-supervised"),
+        "val, phase 2 only": scores_of("camvid-phase-2"),
+        "val, phase 1, then 2": scores_of("camvid-phase-1-2"),
+        "test, supervised": scores_of("camvid-test-supervised"),
+        "test, phase 2 only": scores_of("camvid-test-phase-2"),
+        "test, phase 1, then 2": scores_of("camvid-test-phase-1-2"),
+    })
 
 
 def tokenizer():
@@ -263,7 +301,7 @@ def layers():
 
 
 TABLES = {"students": students, "words": words, "negatives": negatives, "tokenizer": tokenizer,
-          "bits": bits, "layers": layers}
+          "camvid": camvid, "camvid-presence": camvid_presence, "bits": bits, "layers": layers}
 
 
 def main():

@@ -6,6 +6,8 @@ and --fold-by of its training. They answer three questions:
     check_classes(model, path, dataset)    are its classes the data's? else an error
     warn_of_leak(model, path, args)        has it seen frames that are held out now? then a warning
     choose_data(args, models)              what to score it on when no --data is given
+
+And refuse_prompts(path, advice): is it a student of extras/prompt.py, whose outputs are no classes?
 """
 
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from extras.cli import UsageError
 from extras.printable import printable
+from model import read_checkpoint
 
 # ---------------------------------------------------------------- classes
 
@@ -38,6 +41,15 @@ def check_classes(model, path, dataset):
         own, other = differ[0]
         raise UsageError(f"{path} was trained on other classes than {dataset.name}'s: "
                          f"its {own!r} stands where the data has {other!r}")
+
+
+def refuse_prompts(path, advice):
+    """Refuse a student that is told what to segment: as a SegFormer it gives vectors, not classes.
+
+    advice: which command is the right one. Raises UsageError, CheckpointError for a broken file.
+    """
+    if Path(path).is_file() and "prompt" in read_checkpoint(path):
+        raise UsageError(f"{path} is a student that is told what to segment: {advice}")
 
 
 def check_finite(model, path):

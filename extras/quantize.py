@@ -44,7 +44,7 @@ from extras.cli import (
 from extras.comparison import spread_indices
 from extras.outputs import output_path, write_text
 from extras.packed_layers import FORMAT, count_bits, pack, packable_layers, save_packed
-from extras.provenance import check_classes, warn_of_leak
+from extras.provenance import check_classes, refuse_prompts, warn_of_leak
 from extras.score_table import percent
 from model import load_checkpoint, read_checkpoint, save_checkpoint
 
@@ -212,13 +212,9 @@ def print_sensitivities(rows, mode):
 
 def open_whole(path):
     """-> the SegFormer of a checkpoint that is not packed yet. Raises UsageError."""
-    if Path(path).is_file():
-        content = read_checkpoint(path)
-        if content.get("format") == FORMAT:
-            raise UsageError(f"{path} is packed already: give the checkpoint that it was made of")
-        if "prompt" in content:
-            raise UsageError(f"{path} is a student that is told what to segment: "
-                             f"python -m extras.prompt quantize packs the whole of it")
+    if Path(path).is_file() and read_checkpoint(path).get("format") == FORMAT:
+        raise UsageError(f"{path} is packed already: give the checkpoint that it was made of")
+    refuse_prompts(path, "python -m extras.prompt quantize packs the whole of it")
     return load_checkpoint(path)
 
 

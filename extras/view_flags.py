@@ -12,6 +12,7 @@ import torch
 
 from data import IGNORE
 from extras.cli import AMP_DTYPES, UsageError, number
+from extras.provenance import refuse_prompts
 from model import SMALLEST, load_checkpoint
 
 
@@ -51,8 +52,10 @@ def check_view_flags(parser, args):
 def open_model(path, size, device):
     """-> the folded model of a checkpoint; `size` (--size) replaces the input size it carries.
 
-    Raises UsageError for more classes than labels of 8 bits can hold.
+    Raises UsageError for more classes than labels of 8 bits can hold, and for a student of prompts.
     """
+    refuse_prompts(path, f"score it with python -m extras.prompt compare {path}, "
+                         f"ask it about photos with python -m extras.prompt predict {path}")
     model = load_checkpoint(path)
     if model.num_classes > IGNORE:
         raise UsageError(f"{path} has {model.num_classes} classes: the labels here have 8 bits, "

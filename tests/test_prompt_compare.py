@@ -11,13 +11,14 @@ from PIL import Image
 
 from conftest import command
 from data import open_dataset
-from extras import prompt_compare, prompt_predict, prompt_scores, prompt_tables
+from extras import export, prompt_compare, prompt_predict, prompt_scores, prompt_tables
 from extras.cli import UsageError
 from extras.prompt_checkpoint import load_prompt, save_prompt
 from extras.prompt_compare import Row, details, gate, table
 from extras.prompt_metrics import ask
 from extras.prompt_model import PromptSegmenter
 from extras.prompt_words import choose_prompts
+from extras.view_flags import open_model
 from model import SIZES, load_checkpoint
 
 
@@ -265,3 +266,14 @@ def test_the_page_has_a_mark_for_each_table(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["prompt_tables"])
     with pytest.raises(UsageError, match="has no mark"):
         prompt_tables.main()
+
+
+def test_the_ordinary_commands_name_the_right_one(student, tmp_path, monkeypatch):
+    """As a SegFormer its classes would be the entries of a vector."""
+    with pytest.raises(UsageError, match=f"python -m extras.prompt compare {student}"):
+        open_model(student, None, "cpu")                          # eval.py, predict, demo
+    target = tmp_path / "x.onnx"
+    monkeypatch.setattr("sys.argv", ["export", str(student), str(target)])
+    with pytest.raises(UsageError, match=f"extras.prompt export {student} {target} --prompts"):
+        export.main()
+    assert not target.exists()

@@ -92,6 +92,19 @@ def test_mcc_against_its_definition_and_its_corners():
     assert presence_scores(tp=4, fp=3, fn=2, tn=6)["mcc"] == pytest.approx(correlation, abs=1e-6)
 
 
+def test_who_knows_the_words_only_says_yes_to_what_is_missing():
+    """F1 and MCC look well then; this number does not."""
+    def knows_words(questions, label):
+        mask, _ = constant(questions, label)
+        return mask, questions.table.any(1).float()
+
+    without_cars = scenes(missing=[3])
+    result = tally(knows_words, without_cars)
+    assert result["never_trained"] == 0 and result["missing"] == 1
+    assert result["missing_pairs"] == result["fp"] > 0            # no other pair is false
+    assert tally(the_truth, without_cars)["missing"] == 0
+
+
 # ---------------------------------------------------------------- the four known networks
 
 def test_the_truth_has_the_best_of_all():
@@ -103,6 +116,7 @@ def test_the_truth_has_the_best_of_all():
     assert result["sensitivity"] == pytest.approx(result["sensitivity_truth"])
     assert result["between_synonyms"] == 0 and result["between_classes"] > 0.3
     assert result["fp"] == result["fn"] == 0 and result["tn"] > 0 and result["never_trained"] == 0
+    assert math.isnan(result["missing"]) and result["missing_pairs"] == 0
 
 
 def test_a_constant_is_not_sensitive_and_not_selective():

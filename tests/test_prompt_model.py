@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from extras.cli import UsageError
 from extras.packed_layers import PackedLayer
 from extras.prompt_checkpoint import load_prompt, packed_prompt, save_packed_prompt, save_prompt
-from extras.prompt_model import PromptSegmenter, fixed_prompts, plain_segformer
+from extras.prompt_model import PresenceHead, PromptSegmenter, fixed_prompts, plain_segformer
 from extras.prompt_text import VectorTable, read_vectors
 from extras.prompt_words import (
     ABSENT,
@@ -122,7 +122,8 @@ def test_mask_and_presence_are_the_formulas(model, images):
                 mask = model.scale.exp() * (flat @ words[k]) + model.bias
                 assert torch.allclose(answer.mask[b, k].flatten(), mask, atol=1e-4)
                 look = (mask.softmax(0)[:, None] * flat).sum(0)
-                seen = torch.cat([look * words[k], words[k]])
+                whole = flat.mean(0)
+                seen = torch.cat([16 * look * words[k], 4 * words[k], 4 * whole])     # D = 16
                 head = model.presence
                 presence = head.fc2(F.gelu(head.fc1(seen)))
                 assert torch.allclose(answer.presence[b, k], presence[0], atol=1e-4)
@@ -147,6 +148,62 @@ def test_presence_gives_no_gradient_to_the_scale_of_the_mask(model, images):
     model(images, ["car"]).mask.sum().backward()
     assert model.scale.grad.abs() > 0
     model.zero_grad()
+
+
+def views_of(words, things, background):
+    """-> (pixels (B, D, 4, 4) of length 1, which of the things each of B = 16 images shows (B, K)).
+
+    An image is background; the thing of a word that is there has one pixel, which points its way.
+    """
+    shown = torch.rand(16, len(words)) < 0.6                      # (B, K)
+    flat = background + 0.3 * torch.randn(16, 16, words.shape[1])             # (B, n, D)
+    for b, k in shown.nonzero().tolist():
+        if k in things:
+            flat[b, k] = 4 * words[k] + 0.3 * torch.randn(words.shape[1])
+    pixels = F.normalize(flat, dim=2).transpose(1, 2).unflatten(2, (4, 4))
+    return pixels, shown & torch.tensor([k in things for k in range(len(words))])
+
+
+def test_presence_learns_the_image_and_not_only_the_word():
+    """Of 8 words 2 name nothing, and of the others each is there or not, as the image says.
+
+    With the entries of `look * words` at their own size, 1/D, and no scale, these steps leave it
+    wrong about 2 or 3 in 10 of the pairs whose word can be there.
+    """
+    torch.manual_seed(0)
+    dim = 64
+    words = F.normalize(torch.randn(8, dim), dim=1)
+    background = torch.randn(dim)
+    things = range(6)
+    head = PresenceHead(dim)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=2.4e-3, weight_decay=0.0)
+
+    def ask():
+        pixels, there = views_of(words, things, background)
+        mask = 10 * torch.einsum("bdhw,kd->bkhw", pixels, words)
+        return head(pixels, words, mask), there
+
+    for _ in range(30):
+        presence, there = ask()
+        loss = F.binary_cross_entropy_with_logits(presence, there.float())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    presence, there = ask()
+    wrong = ((presence > 0) != there).float()                     # (B, K)
+    assert wrong[:, 6:].mean() < 0.05 and wrong[:, :6].mean() < 0.05
+
+
+def test_presence_sees_the_whole_image(model):
+    """Where no word looks counts too: an image of nothing is told by all of it."""
+    pixels = F.normalize(torch.randn(1, 16, 4, 4), dim=1)
+    words = F.normalize(torch.randn(1, 16), dim=1)
+    mask = torch.full((1, 1, 4, 4), -30.0)
+    mask[..., 0, 0] = 30.0                                        # it looks at one pixel
+    other = pixels.clone()
+    other[..., 3, 3] = -other[..., 3, 3]
+    with torch.no_grad():
+        assert (model.presence(pixels, words, mask) - model.presence(other, words, mask)).abs() > 0
 
 
 # ---------------------------------------------------------------- an ordinary network
