@@ -4,43 +4,20 @@ and what only a student that is told what to segment has.
 
 import sys
 
+import train
 from extras.cli import UsageError, number
 from extras.prompt_model import DIM
 from extras.prompt_words import TOKENIZERS
 from extras.train_flags import NEEDED, SHARE, TrainFlags
 
-DEFAULTS = {
-    "student": "b0",
-    "data": "toy",
-    "epochs": 200,
-    "batch_size": 2,
-    "crop": [512, 1024],
-    "scale_range": [0.5, 2.0],
-    "augment": "segformer",
-    "lr": 6e-4,
-    "weight_decay": 0.0,
-    "warmup": 0.05,
-    "grad_clip": 1.0,
-    "norm": "ln",
-    "folds": 2,
-    "amp": "auto",
-    "workers": 2,
-    "seed": 0,
-    "device": "auto",
-    "phase": 2,
-    "prompts": 21,
-    "absent": 8,
-    "empty": 0.05,
-    "tokenizer": "letters",
-    "dim": DIM,
-}
-DATASET_DEFAULTS = {
-    "toy": {"iters": 300, "batch_size": 4, "crop": [96, 192], "scale_range": [0.75, 1.5],
-            "lr": 2.4e-3, "eval_every": 100},
-    "camvid": {"iters": 40_000, "batch_size": 4, "crop": [288, 288], "eval_every": 1000},
-    "cityscapes": {"augment": "plain"},
-    "folder": {"crop": [512, 512]},
-}
+# Those of train.py, but for what only classes have; then our own.
+DEFAULTS = dict(train.DEFAULTS)
+for flag in ("accum", "loss", "class_weights", "lambda_dice"):
+    del DEFAULTS[flag]
+DEFAULTS.update(phase=2, prompts=21, absent=8, empty=0.05, tokenizer="letters", dim=DIM)
+
+DATASET_DEFAULTS = dict(train.DATASET_DEFAULTS)
+DATASET_DEFAULTS["toy"] = DATASET_DEFAULTS["toy"] | {"lr": 2.4e-3}
 
 
 # What the loop reads of train.py's flags and cannot be chosen here.
