@@ -35,6 +35,7 @@ from extras.cli import (
     pick_device,
     show_progress,
 )
+from extras.outputs import output_path, write_text
 from extras.prompt_checkpoint import load_prompt, packed_prompt, save_packed_prompt, save_prompt
 from extras.prompt_metrics import ask
 from extras.prompt_scores import score
@@ -229,7 +230,8 @@ def build_parser():
                         help="end with GO (exit code 0), NO-GO (1) or HOLD (2); needs --teacher")
     parser.add_argument("--pictures", metavar="DIR",
                         help="draw what each prompt gives, with a page index.html")
-    parser.add_argument("--json", metavar="FILE", help="write the rows for machines")
+    parser.add_argument("--json", metavar="FILE", type=output_path,
+                        help="write the rows for machines")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     return parser
 
@@ -303,7 +305,7 @@ def write_json(rows, dataset, args):
                "rows": {}}
     for row in rows:
         content["rows"][row.name] = {"bytes": row.size, "reason": row.reason, **row.scores}
-    Path(args.json).write_text(json.dumps(no_nan(rounded(content)), indent=1) + "\n")
+    write_text(args.json, json.dumps(no_nan(rounded(content)), indent=1) + "\n")
 
 
 def rounded(value):

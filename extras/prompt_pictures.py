@@ -11,9 +11,10 @@ import torch
 
 from data import IGNORE
 from extras.comparison import spread_indices
+from extras.outputs import save_picture, write_text
 from extras.pictures import grid
 from extras.prompt_scores import probabilities
-from extras.prompt_words import GENERIC, absent_words, class_prompts, members
+from extras.prompt_words import GENERIC, absent_words, class_prompts, file_words, members
 
 FRAMES = 4
 ABSENT_SHOWN = 2
@@ -62,9 +63,12 @@ def draw_pictures(student, teacher, dataset, folder):
 
     names = {}
     for prompt, cells in rows.items():
-        names[prompt] = prompt.replace(" ", "_") + ".png"
-        grid(cells, captions, width=240).save(folder / names[prompt])
-    (folder / "index.html").write_text(page(names, dataset.name), encoding="utf-8")
+        name = file_words(prompt) + ".png"
+        if name in names.values():
+            name = f"{len(names)}_{name}"
+        names[prompt] = name
+        save_picture(grid(cells, captions, width=240), folder / name)
+    write_text(folder / "index.html", page(names, dataset.name))
     print(f"{len(names)} pictures in {folder}, all of them in {folder / 'index.html'}")
 
 
@@ -79,8 +83,9 @@ def truth_masks(label, table):
 
 def page(names, data):
     """-> HTML of {prompt: file}."""
-    parts = ["<!DOCTYPE html>", "<meta charset='utf-8'>", f"<title>Prompts on {data}</title>",
-             f"<h1>Prompts on {html.escape(data)}</h1>",
+    title = f"Prompts on {html.escape(data)}"
+    parts = ["<!DOCTYPE html>", "<meta charset='utf-8'>", f"<title>{title}</title>",
+             f"<h1>{title}</h1>",
              "<p>Orange: where the network sees what it was asked for.</p>"]
     for prompt, name in names.items():
         parts.append(f"<h2>{html.escape(prompt)}</h2>")

@@ -38,7 +38,7 @@ from extras.prompt_model import fixed_prompts, plain_segformer
 from extras.prompt_pictures import paint
 from extras.prompt_scores import probabilities
 from extras.prompt_teacher_files import write_teacher_file
-from extras.prompt_words import clean_prompt, plain
+from extras.prompt_words import clean_prompt, file_words, plain
 from extras.provenance import check_classes
 from extras.quantize import MODES
 from model import SMALLEST, save_checkpoint
@@ -118,8 +118,7 @@ def find_photos(inputs):
 
 def mask_name(photo, prompt):
     """The file of a photo's mask, below --out."""
-    words = plain(prompt).replace(" ", "_").replace("/", "_")
-    return f"{photo.name}_{words}.png"
+    return f"{photo.name}_{file_words(prompt)}.png"
 
 
 def check_written(photos, prompts):

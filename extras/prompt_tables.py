@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extras.cli import UsageError, run_command
+from extras.outputs import write_text
 from extras.paper_tables import insert, markdown
 
 RESULTS = Path("results/prompt")
@@ -313,7 +314,7 @@ def main():
         if changed is None:
             raise UsageError(f"{PAGE} has no mark <!-- {name}: ... -->")
         text = changed
-    PAGE.write_text(text)
+    write_text(PAGE, text)
     print(PAGE)
 
 

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from data import DatasetError, resize_pair
+from extras.outputs import output_file
 from extras.prompt_data import NOTHING
 from extras.prompt_words import members, plain
 
@@ -201,8 +202,9 @@ def resize_label(label, size):
 
 def write_teacher_file(path, prompts, mask, presence):
     """Logits (K, h, w) and (K,) of one frame, in 16 bits."""
-    np.savez_compressed(path, prompts=np.array(prompts), mask=np.float16(mask),
-                        presence=np.float16(presence))
+    with output_file(path) as file:
+        np.savez_compressed(file, prompts=np.array(prompts), mask=np.float16(mask),
+                            presence=np.float16(presence))
 
 
 def write_instances_file(path, prompts, presence, found):
@@ -210,15 +212,16 @@ def write_instances_file(path, prompts, presence, found):
     masks = np.concatenate([np.asarray(masks, bool) for masks, _ in found])
     scores = np.concatenate([np.asarray(scores, np.float32) for _, scores in found])
     counts = [len(scores) for _, scores in found]
-    np.savez_compressed(
-        path,
-        prompts=np.array(prompts),
-        presence=np.asarray(presence, np.float32),
-        instances=np.packbits(masks, axis=2),
-        width=np.array(masks.shape[2]),
-        scores=scores,
-        of_prompt=np.repeat(np.arange(len(prompts)), counts),
-    )
+    with output_file(path) as file:
+        np.savez_compressed(
+            file,
+            prompts=np.array(prompts),
+            presence=np.asarray(presence, np.float32),
+            instances=np.packbits(masks, axis=2),
+            width=np.array(masks.shape[2]),
+            scores=scores,
+            of_prompt=np.repeat(np.arange(len(prompts)), counts),
+        )
 
 
 # ---------------------------------------------------------------- as training samples

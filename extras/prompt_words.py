@@ -10,6 +10,7 @@ means is the set of classes that it names: one for a noun, all of them for "segm
 none for a thing that the data do not have.
 """
 
+import re
 import string
 import unicodedata
 from dataclasses import dataclass
@@ -82,6 +83,12 @@ def plain(text):
     text = unicodedata.normalize("NFKD", text).lower()
     text = text.replace("-", " ").replace("_", " ")
     return " ".join(text.split())
+
+
+def file_words(prompt):
+    """A prompt as a part of a file's name: "a/../b c" -> "a_b_c". Strangers name their classes."""
+    letters = re.sub(r"\W+", "_", plain(prompt)).strip("_")
+    return letters[:60]
 
 
 def clean_prompt(text, tokenizer):

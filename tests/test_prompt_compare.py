@@ -17,7 +17,7 @@ from extras.prompt_checkpoint import load_prompt, save_prompt
 from extras.prompt_compare import Row, details, gate, table
 from extras.prompt_metrics import ask
 from extras.prompt_model import PromptSegmenter
-from extras.prompt_words import choose_prompts
+from extras.prompt_words import choose_prompts, file_words
 from extras.view_flags import open_model
 from model import SIZES, load_checkpoint
 
@@ -108,6 +108,13 @@ def test_compare_prints_the_table_and_writes_it(student, folder, tmp_path):
                      "segment_everything.png"]
     assert all(name in page for name in names)
     assert Image.open(pages / names[0]).width == 4 * 240 + 3 * 4
+
+
+def test_a_prompt_is_no_path():
+    assert file_words("Segment everything") == "segment_everything"
+    assert file_words("../../etc/x y") == "etc_x_y"
+    assert file_words("차 / Straße") != file_words("차")
+    assert len(file_words("a" * 500)) == 60
 
 
 def test_a_mode_that_fails_is_a_row_with_its_reason(student, folder, monkeypatch):
