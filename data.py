@@ -579,13 +579,22 @@ def held_out_stems(stems, fold, folds, fold_by):
     raise DatasetError(f"unknown way to make folds {fold_by!r}: use drive, block or shuffle")
 
 
-def folds_of_drives(stems, folds):
-    """-> a list of stems for each fold, whole drives in each, of about the same length."""
+def find_drives(stems):
+    """-> {drive: its stems, in their order}; {} where the names tell no drives.
+
+    A frame's drive is the part of its name before the first _.
+    """
     drives = {}
     for stem in stems:
         drive = stem.split("_")[0]
         drives.setdefault(drive, []).append(stem)
-    if len(drives) == len(stems):
+    return drives if len(drives) < len(stems) else {}
+
+
+def folds_of_drives(stems, folds):
+    """-> a list of stems for each fold, whole drives in each, of about the same length."""
+    drives = find_drives(stems)
+    if not drives:
         raise DatasetError("the frames' names tell no drives (the part before the first _): "
                            "use --fold-by block")
     if len(drives) < folds:

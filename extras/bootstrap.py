@@ -21,7 +21,7 @@ import argparse
 import numpy as np
 import torch
 
-from data import SPLITS, open_dataset
+from data import SPLITS, find_drives, open_dataset
 from eval import confusion_matrix, scores, segment
 from extras.cli import (
     UsageError,
@@ -49,20 +49,14 @@ def frame_confusions(model, dataset, progress=None):
     return torch.stack(confusions).numpy()
 
 
-def drive_of(stem):
-    """The part of a frame's name before the first _ tells its drive."""
-    return stem.split("_")[0]
-
-
 def blocks_of(stems, length):
     """-> [indices of at most `length` consecutive frames of one drive]"""
-    drives = {}
-    for i in np.argsort(stems).tolist():
-        drives.setdefault(drive_of(stems[i]), []).append(i)
-    if len(drives) == len(stems):                                 # the names tell no drives
-        drives = {"all": np.argsort(stems).tolist()}
+    index_of = {stem: i for i, stem in enumerate(stems)}
+    in_order = sorted(stems)
+    drives = find_drives(in_order) or {"all": in_order}
     blocks = []
-    for frames in drives.values():
+    for names in drives.values():
+        frames = [index_of[name] for name in names]
         for start in range(0, len(frames), length):
             blocks.append(frames[start:start + length])
     return blocks
@@ -92,14 +86,14 @@ def bootstrap(confusions, others, blocks, draws, seed=0):
 
 def print_drives(names, confusions, stems):
     """Each network's mIoU of every drive, in percent."""
-    drives = sorted({drive_of(stem) for stem in stems})
-    if len(drives) == len(stems):
+    drives = find_drives(sorted(stems))
+    if not drives:
         print("the frames' names tell no drives")
         return
     heads = [f"{name[-20:]:>22}" for name in names]
     print(f"{'drive':<16}{'frames':>8}", *heads, sep="")
-    for drive in drives:
-        frames = [i for i, stem in enumerate(stems) if drive_of(stem) == drive]
+    for drive, its_stems in drives.items():
+        frames = [stems.index(stem) for stem in its_stems]
         line = f"{drive:<16}{len(frames):>8}"
         for name in names:
             miou = scores(torch.from_numpy(confusions[name][frames].sum(0)))["miou"]

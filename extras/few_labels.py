@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from data import IGNORE
+from data import IGNORE, find_drives
 from extras.cli import UsageError
 
 
@@ -35,14 +35,10 @@ def split_labelled(dataset, share):
 
 
 def first_of_each_drive(stems, share):
-    """The first `share` of the frames of each drive, which is told by the part of a stem before _;
-    of all frames, where that tells none. -> stems"""
-    drives = {}
-    for stem in sorted(stems):
-        drive = stem.split("_")[0]
-        drives.setdefault(drive, []).append(stem)
-    if len(drives) == len(stems):
-        drives = {"all": sorted(stems)}
+    """The first `share` of the frames of each drive, or of all where their names tell no drives.
+    -> stems"""
+    stems = sorted(stems)
+    drives = find_drives(stems) or {"all": stems}
     kept = []
     for frames in drives.values():
         kept += frames[:math.ceil(share * len(frames))]
