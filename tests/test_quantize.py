@@ -214,7 +214,7 @@ def test_a_sensitive_layer_is_told(folder):
     (["{net}", "--bits", "4", "--layers"], "--layers needs --data"),
     (["{net}", "--bits", "4", "--out", "x.pth", "--keep", "stage"], "no layer has this name"),
     (["/no/net.pth", "--bits", "4", "--out", "x.pth"], "cannot open checkpoint /no/net.pth"),
-    (["{net}", "--bits", "4", "--out", "/no/dir/x.pth"], "cannot write /no/dir/x.pth"),
+    (["{net}", "--bits", "4", "--out", "/no/dir/x.pth"], "/no/dir/x.pth: there is no folder"),
     (["{net}", "--bits", "4", "--out", "x.pth", "--data", "toy"], "3 classes"),
 ])
 def test_mistakes_are_a_sentence(args, sentence, checkpoint):
