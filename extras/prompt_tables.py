@@ -59,8 +59,11 @@ def both(found, key, scale=100):
 
 def each(found, key, form="{:.0f}", scale=1):
     """A number of every seed, with commas between."""
-    values = [scores.get(key) for scores in found]
-    return ", ".join("-" if value is None else form.format(scale * value) for value in values)
+    cells = []
+    for scores in found:
+        value = scores.get(key)
+        cells.append("-" if value is None else form.format(scale * value))
+    return ", ".join(cells)
 
 
 def missing(titles):
