@@ -30,7 +30,8 @@ from typing import NamedTuple
 
 import torch
 
-from extras.cli import AMP_DTYPES, device_name, number, pick_device, run_command
+from extras.cli import number, run_command
+from extras.machine import AMP_DTYPES, device_name, pick_device
 from extras.measure import (
     CLOCKS,
     Candidate,

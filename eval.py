@@ -40,15 +40,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import IGNORE, SPLITS, open_dataset
-from extras.cli import (
-    NotFinite,
-    UsageError,
-    add_fold_flags,
-    keep_freed_memory,
-    pick_device,
-    run_command,
-    show_progress,
-)
+from extras.cli import NotFinite, UsageError, add_fold_flags, run_command, show_progress
+from extras.machine import keep_freed_memory, pick_device
 from extras.outputs import output_path, picture_path, write_text
 from extras.provenance import (
     check_classes,

@@ -59,13 +59,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import CITYSCAPES, IGNORE, Augment, Stream
 from extras import other_losses
-from extras.cli import (
-    AMP_DTYPES,
-    NotFinite,
-    keep_freed_memory,
-    run_command,
-    show_progress,
-)
+from extras.cli import NotFinite, run_command, show_progress
 from extras.compilation import compile_networks, explain_failed_compilation, no_compiling
 from extras.distributed import (
     all_reduce,
@@ -76,6 +70,7 @@ from extras.distributed import (
     world_size,
 )
 from extras.few_labels import MixedStream, Unlabelled, labels_for_kl
+from extras.machine import AMP_DTYPES, keep_freed_memory
 from extras.memory import check_memory
 from extras.pixel_counts import cached_pixel_counts
 from extras.provenance import check_classes, check_finite, warn_of_leak

@@ -30,6 +30,7 @@ from extras.cli import UsageError, show_progress
 from extras.exported_model import export, quiet_exporters
 from extras.hugging_face import HUGGING_FACE_EPS, check_network, write_folder
 from extras.int8 import calibration_frames, quantize_file
+from extras.machine import cpu_has_bf16
 from extras.measure import Candidate, compare, print_row, run_in_turns
 from extras.onnx_graph import FileModel, open_session, runner_of, write_onnx
 from extras.provenance import check_classes
@@ -82,11 +83,16 @@ def settings_here():
             print(f"{runtime}: not measured, pip install {' '.join(absent)}")
             continue
         here += [setting for setting in SETTINGS if setting.runtime == runtime]
+
+    lacking_bf16 = []
+    if cpu_has_bf16() is False:                        # PyTorch would emulate it: ten times as slow
+        lacking_bf16.append("PyTorch")
     has_openvino = any(setting.runtime == "OpenVINO" for setting in here)
     if has_openvino and not openvino_has_bf16():
-        print("OpenVINO, bf16: not measured, this CPU has no units for it")
-        here = [s for s in here if s.runtime != "OpenVINO" or s.dtype != "bf16"]
-    return here
+        lacking_bf16.append("OpenVINO")
+    for runtime in lacking_bf16:
+        print(f"{runtime}, bf16: not measured, this CPU has no units for it")
+    return [s for s in here if s.dtype != "bf16" or s.runtime not in lacking_bf16]
 
 
 def openvino_has_bf16():

@@ -23,15 +23,8 @@ import torch
 
 from data import SPLITS, find_drives, open_dataset
 from eval import confusion_matrix, scores, segment
-from extras.cli import (
-    UsageError,
-    add_fold_flags,
-    keep_freed_memory,
-    number,
-    pick_device,
-    run_command,
-    show_progress,
-)
+from extras.cli import UsageError, add_fold_flags, number, run_command, show_progress
+from extras.machine import keep_freed_memory, pick_device
 from extras.provenance import check_classes, choose_data, warn_of_leak
 from extras.view_flags import open_model
 from model import write_atomically

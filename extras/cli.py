@@ -1,5 +1,4 @@
-"""What every command shares: how it ends, its device, 16-bit types, progress, memory, and flags
-that several have.
+"""What every command shares: how it ends, what it says meanwhile, and flags that several have.
 
     def main():
         args = build_parser().parse_args()
@@ -18,10 +17,8 @@ A command ends with one of these exit codes, and with a sentence on stderr for e
 
 import argparse
 import contextlib
-import ctypes
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -33,9 +30,6 @@ from data import DatasetError
 from extras.printable import printable
 from extras.quiet_start import leave_at_once
 from model import CheckpointError
-
-AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 # ------------------------------ how a command ends
 
@@ -204,50 +198,7 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-# ------------------------------ the machine
-
-def pick_device(name):
-    """"auto" -> CUDA, else Apple's MPS, else the CPU; any other name must be there. Raises
-    UsageError.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-        else:
-            name = "cpu"
-    try:
-        torch.zeros(1, device=name).tolist()                      # "meta" has no values to give
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} is not to be had here: {reason}") from None
-    return torch.device(name)
-
-
-def device_name(device):
-    """-> the GPU's name, or "x86_64 CPU, 2 threads"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def keep_freed_memory():
-    """Tell glibc to keep large freed blocks for the next allocation.
-
-    By default they go back to the kernel, and every step pays again for fetching zeroed pages.
-    Changes no result. Other C libraries are left alone.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    M_TRIM_THRESHOLD = -1
-    M_MMAP_MAX = -4
-    mallopt(M_MMAP_MAX, 0)  # no block gets a mapping of its own
-    mallopt(M_TRIM_THRESHOLD, -1)  # never give the top of the heap back
-
+# ------------------------------ what is written and said meanwhile
 
 def make_folder(path):
     """-> Path of the folder, made if it is not there. Raises UsageError."""

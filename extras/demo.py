@@ -31,14 +31,8 @@ from PIL import Image
 
 from data import BROKEN_PICTURE, PHOTO_FORMATS, DatasetError, distinct_colours, read_picture
 from eval import class_scores
-from extras.cli import (
-    NotFinite,
-    UsageError,
-    keep_freed_memory,
-    number,
-    pick_device,
-    run_command,
-)
+from extras.cli import NotFinite, UsageError, number, run_command
+from extras.machine import keep_freed_memory, pick_device
 from extras.pictures import overlay
 from extras.view_flags import open_model
 from model import SMALLEST

@@ -12,7 +12,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from extras.cli import ProcessLost, UsageError, pick_device
+from extras.cli import ProcessLost, UsageError
+from extras.machine import pick_device
 
 
 def rank():

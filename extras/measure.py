@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from extras.cli import UsageError, keep_freed_memory
+from extras.cli import UsageError
+from extras.machine import keep_freed_memory
 
 WARMUP = 2                                                        # rounds that do not count
 
@@ -52,7 +53,7 @@ class Options:
 class Candidate:
     """What is measured, in the setting in which it is measured."""
     make: Callable              # make() -> run, and run() is timed
-    keep_memory: bool = True    # extras.cli.keep_freed_memory, as train.py and eval.py run
+    keep_memory: bool = True    # extras.machine.keep_freed_memory, as train.py and eval.py
     clock: str = "wall"         # one of CLOCKS
 
 

@@ -30,16 +30,8 @@ from PIL import Image
 
 from data import CITYSCAPES, DatasetError, distinct_colours, read_lines, read_picture
 from eval import segment
-from extras.cli import (
-    NotFinite,
-    UsageError,
-    keep_freed_memory,
-    make_folder,
-    number,
-    pick_device,
-    run_command,
-    show_progress,
-)
+from extras.cli import NotFinite, UsageError, make_folder, number, run_command, show_progress
+from extras.machine import keep_freed_memory, pick_device
 from extras.outputs import output_below
 from extras.pictures import overlay
 from extras.provenance import other_classes

@@ -25,8 +25,9 @@ Each command has --help. docs/PROMPTS.md tells the idea, the figures and what th
 
 import sys
 
-from extras.cli import UsageError, keep_freed_memory, run_command
+from extras.cli import UsageError, run_command
 from extras.distributed import explain_lost_process, leave
+from extras.machine import keep_freed_memory
 
 COMMANDS = ("train", "predict", "compare", "quantize", "export", "write-teacher")
 

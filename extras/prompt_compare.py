@@ -27,14 +27,8 @@ import torch
 
 from data import SPLITS, open_dataset
 from eval import no_nan
-from extras.cli import (
-    NotFinite,
-    UsageError,
-    add_fold_flags,
-    make_folder,
-    pick_device,
-    show_progress,
-)
+from extras.cli import NotFinite, UsageError, add_fold_flags, make_folder, show_progress
+from extras.machine import pick_device
 from extras.outputs import output_path, write_text
 from extras.prompt_checkpoint import load_prompt, packed_prompt, save_packed_prompt, save_prompt
 from extras.prompt_metrics import ask

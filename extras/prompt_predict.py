@@ -21,14 +21,9 @@ import torch
 from PIL import Image
 
 from data import SPLITS, DatasetError, distinct_colours, open_dataset, resize_pair
-from extras.cli import (
-    UsageError,
-    add_fold_flags,
-    make_folder,
-    pick_device,
-    show_progress,
-)
+from extras.cli import UsageError, add_fold_flags, make_folder, show_progress
 from extras.exported_model import export as export_file
+from extras.machine import pick_device
 from extras.outputs import save_picture
 from extras.packed_layers import count_bits
 from extras.pictures import grid

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from data import SPLITS, open_dataset
-from extras.cli import UsageError, add_fold_flags, make_folder, pick_device, run_command
+from extras.cli import UsageError, add_fold_flags, make_folder, run_command
+from extras.machine import pick_device
 from extras.prompt_teacher_files import LOWEST_SCORE, write_instances_file
 from extras.prompt_words import choose_prompts
 

@@ -33,15 +33,9 @@ import torch
 
 from data import SPLITS, open_dataset
 from eval import evaluate, network_logits, scores
-from extras.cli import (
-    UsageError,
-    add_fold_flags,
-    keep_freed_memory,
-    pick_device,
-    run_command,
-    show_progress,
-)
+from extras.cli import UsageError, add_fold_flags, run_command, show_progress
 from extras.comparison import spread_indices
+from extras.machine import keep_freed_memory, pick_device
 from extras.outputs import output_path, write_text
 from extras.packed_layers import FORMAT, count_bits, pack, packable_layers, save_packed
 from extras.provenance import check_classes, refuse_prompts, warn_of_leak

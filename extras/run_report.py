@@ -4,16 +4,16 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from extras.cli import NotFinite, device_name
+from extras.cli import NotFinite
 from extras.comparison import draw_comparison, spread_indices
 from extras.crop_advice import describe_padding, worked_sizes
 from extras.distributed import rank, world_size
 from extras.fit_log import FitLog
+from extras.machine import cpu_has_bf16, device_name
 from extras.outputs import save_picture, write_text
 from extras.provenance import validation_name
 from extras.run_folder import check_reads_back, choose_folder, git_commit, save
@@ -63,20 +63,6 @@ def write_recipe(run):
     )
     write_text(run.folder / "recipe.json", json.dumps(recipe, indent=1))
     return recipe
-
-
-def cpu_has_bf16():
-    """Does the processor compute in bf16 (x86's AVX512 or AMX, Arm)? None: only Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    names = {"avx512_bf16", "amx_bf16", "bf16"}
-    for line in lines:
-        key, _, values = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return bool(names & set(values.split()))
-    return None
 
 
 def advise_precision(amp, device):

@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from extras.cli import AMP_DTYPES, FlagParser, UsageError, add_fold_flags, number
+from extras.cli import FlagParser, UsageError, add_fold_flags, number
+from extras.machine import AMP_DTYPES
 from extras.same_run import absolute_paths
 from extras.training_state import MOST_STEPS
 from model import NORMS, SIZES, SMALLEST

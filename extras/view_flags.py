@@ -11,7 +11,8 @@
 import torch
 
 from data import IGNORE
-from extras.cli import AMP_DTYPES, UsageError, number
+from extras.cli import UsageError, number
+from extras.machine import AMP_DTYPES
 from extras.provenance import refuse_prompts
 from model import SMALLEST, load_checkpoint
 

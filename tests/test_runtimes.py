@@ -26,6 +26,7 @@ from extras import (
     onnx_graph,
 )
 from extras.cli import UsageError
+from extras.machine import cpu_has_bf16
 from extras.predict import read_photo
 from model import SIZES, save_checkpoint, segformer
 from test_bench import run_main, run_once
@@ -64,9 +65,12 @@ def test_the_table_of_runtimes(network, monkeypatch, tmp_path, capsys):
                     "--data", spec)["runtimes"]
     output = capsys.readouterr().out
     expected = [setting.title for setting in bench_runtimes.SETTINGS]
-    if not bench_runtimes.openvino_has_bf16():
-        assert "OpenVINO, bf16: not measured, this CPU has no units for it" in output
-        expected = [title for title in expected if title[:4] == "PyTo" or "bf16" not in title]
+    units = {"PyTorch": cpu_has_bf16() is not False,
+             "OpenVINO": bench_runtimes.openvino_has_bf16()}
+    for runtime, has_units in units.items():
+        if not has_units:
+            assert f"{runtime}, bf16: not measured, this CPU has no units for it" in output
+            expected = [t for t in expected if not (t.startswith(runtime) and "bf16" in t)]
     ours = [row for row in rows if row["side"] == "ours"]
     assert [row["setting"] for row in ours] == expected
     assert len(rows) == 2 * len(ours)
@@ -94,6 +98,7 @@ def test_fresh_networks_and_an_absent_package(small_b0, monkeypatch, tmp_path, c
         return None if name in ("openvino", "onnxscript") else find_spec(name, *args)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_no_runtime)
+    monkeypatch.setattr(bench_runtimes, "cpu_has_bf16", lambda: True)
     rows = run_main(monkeypatch, tmp_path, "runtimes", "--size", *SIZE)["runtimes"]
     output = capsys.readouterr().out
     assert "ONNX Runtime: not measured, pip install onnxscript" in output

@@ -21,7 +21,7 @@ from PIL import Image
 import data
 import train
 from conftest import CAMVID, ROOT, command, wait_for_step, write_folder
-from extras import run_folder, run_report, stopping
+from extras import machine, run_folder, run_report, stopping
 from extras.cli import UsageError
 from losses import IGNORE, Projections, weighted_cross_entropy
 from model import NORMS, SIZES, load_checkpoint, save_checkpoint, segformer
@@ -768,8 +768,8 @@ def test_a_fault_in_one_process_ends_all_and_a_restart_resumes(tmp_path, folder)
     ("machine\t: one that tells nothing\n", None),
 ])
 def test_bf16_units_are_known_and_what_is_faster_is_said(cpuinfo, has_units, monkeypatch, capsys):
-    monkeypatch.setattr(run_report.Path, "read_text", lambda path: cpuinfo)
-    assert run_report.cpu_has_bf16() is has_units
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: cpuinfo)
+    assert machine.cpu_has_bf16() is has_units
     said = {}
     for amp in ("off", "bf16"):
         run_report.advise_precision(amp, torch.device("cpu"))
