@@ -6,20 +6,24 @@
 #   DATA=camvid:DIR ./reproduce.sh full               40,000 steps and 3 seeds: for a GPU
 #   DATA=camvid:DIR ./reproduce.sh short b0 b0-kd     these rows, and before b0-kd its teacher
 #   DATA=camvid:DIR ./reproduce.sh levers             what the baseline gains by, scored on val only
+#   DATA=camvid:DIR ./reproduce.sh rates              each row's learning rate, scored on val only
+#   DATA=camvid:DIR ./reproduce.sh registered         the study that docs/RESULTS.md registered
 #   python -m extras.paper_tables --figures           the tables and figures of what is there
 #
 # Before it may stand
 #   SEEDS="0 1 2"
 #   TEACHER=1                           learn from the teacher of that seed (0)
 #   AMP=bf16                            or off, or fp16 (train.py's auto: fp16 on CUDA, else off;
-#                                       levers: bf16)
+#                                       levers, rates and registered: bf16)
+#   RATES="6e-4 9.6e-3"                 the grid of `rates`
+#   LONG=12000                          steps of the registered rows
 #   FLAGS="--cache DIR --workers 8"     more flags of train.py, for every row
 #   STEPS=2                             of every run: to try this script
 #
 # A row trains in runs/camvid-SCHEDULE/ROW-SEED (weights) and leaves log, recipe and scores in
 # results/camvid-SCHEDULE/ROW/SEED, in place of those of ours that are there: git diff shows how
 # yours differ. Nothing is selected: the last checkpoint is scored, once, on the 233 test frames
-# (in the study: on the held-out fold; levers: on val).
+# (in the study: on the held-out fold; levers and rates: on val).
 set -euo pipefail
 case ${1:-} in
   short)
@@ -38,6 +42,14 @@ case ${1:-} in
     seeds=${SEEDS:-0}
     AMP=${AMP:-bf16}
     ;;
+  rates | registered)
+    medium=3000 long=${LONG:-12000}
+    every=5
+    seeds=0
+    [[ $1 == registered ]] && seeds="0 1 2"
+    seeds=${SEEDS:-$seeds}
+    AMP=${AMP:-bf16}
+    ;;
   *)
     sed -n '2,/^set/{/^#/p}' "$0"
     exit 2
@@ -53,8 +65,12 @@ wanted=" $* "
 : "${DATA:?say where CamVid is: DATA=camvid:DIR $0 $schedule}"
 teachers=                               # a line each: NAME STEPS FLAGS
 
+is_wanted() {  # NAME
+  [[ $wanted == "  " || $wanted == *" $1 "* ]]
+}
+
 row() {  # NAME STEPS FLAGS
-  if [[ $wanted == "  " || $wanted == *" $1 "* ]]; then
+  if is_wanted "$1"; then
     run "$@"
   fi
 }
@@ -74,7 +90,10 @@ run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
       continue                          # the results are of the run that is here
     fi
     if [[ " $* " =~ " --teacher runs/camvid-$schedule/"([^/]+)-[0-9]+/ ]]; then
-      seeds=${TEACHER:-0} run $(grep "^${BASH_REMATCH[1]} " <<<"$teachers")
+      local teacher_flags
+      if teacher_flags=$(grep "^${BASH_REMATCH[1]} " <<<"$teachers"); then
+        seeds=${TEACHER:-0} run $teacher_flags
+      fi
     fi
     mkdir -p "$out"
     if [[ -e $run/last.pth ]]; then
@@ -90,9 +109,12 @@ run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
     if [[ " $* " == *" --fold "* ]]; then
       local fold=("${@:$#-3:4}")        # the study's flags end with --fold N --fold-by HOW
       score "$run" --split val "${fold[@]}" --json "$out/test.json"
-    elif [[ $schedule != levers ]]; then
+    elif [[ $schedule != levers && $schedule != rates ]]; then
       score "$run" --split test --json "$out/test.json"
       score "$run" --split test --quarter --json "$out/quarter.json"
+    fi
+    if [[ -e $run/fit.csv ]]; then
+      cp "$run/fit.csv" "$out"
     fi
     # scores.csv last: it says that all is there
     cp "$run"/{log.csv,recipe.json,scores.csv} "$out"
@@ -123,6 +145,141 @@ if [[ $schedule == levers ]]; then
   for decay in 0.01 0.05; do
     row "plain-native-decay$decay-lr1.2e-3" "$medium" "${PLAIN[@]}" --lr 1.2e-3 --weight-decay "$decay"
   done
+  exit
+fi
+
+# What docs/RESULTS.md registered. In the order in which one run needs another:
+#   levers;  rates b2 b2-dyt;  registered teacher;  rates;  registered
+if [[ $schedule == rates || $schedule == registered ]]; then
+  WON=(--augment plain --crop 360 480 --fit-log)          # the best of the levers on val so far
+  teacher_file=runs/camvid-registered/teacher-0/last.pth
+
+  flags_of() {  # ROW: what makes it this row, but for its learning rate
+    local dyt="--student b0 --norm dyt"
+    local taught="--teacher $teacher_file --lambda-fd 0 --lambda-pe 0"
+    case $1 in
+      b2)              echo "--student b2" ;;
+      b2-dyt)          echo "--student b2 --norm dyt" ;;
+      b0)              echo "--student b0" ;;
+      b0-dyt*-long*)   echo "$dyt" ;;
+      b0-dyt)          echo "$dyt" ;;
+      b0-fd)           echo "--student b0 $taught --lambda-fd 1" ;;
+      b0-dyt-fd)       echo "$dyt $taught --lambda-fd 1" ;;
+      b0-dyt-cosine)   echo "$dyt $taught --lambda-cosine 1" ;;
+      b0-dyt-gcos)     echo "$dyt $taught --lambda-gcos 1" ;;
+      b0-dyt-cwd)      echo "$dyt $taught --lambda-cwd 1" ;;
+      b0-dyt-dist)     echo "$dyt $taught --lambda-dist 1" ;;
+      b0-dyt-kl)       echo "$dyt $taught --lambda-kl 1 --temperature 4" ;;
+      b0-dyt-zkl)      echo "$dyt $taught --lambda-zkl 1" ;;
+    esac
+  }
+
+  steps_of() {  # ROW: for how many steps it is trained, there and here
+    case $1 in
+      b0-dyt-as-long)           matched_steps b0-dyt-fd ;;
+      b0-dyt-as-long-as-both)   matched_steps b0-dyt-fd --and results/camvid-registered/teacher/0 ;;
+      b0 | b0-dyt | b0-fd | b0-dyt-fd)  echo "$long" ;;
+      *)                        echo "$medium" ;;
+    esac
+  }
+
+  matched_steps() {  # ROW: for how many steps is b0-dyt trained in the time that this takes?
+    if [[ -n ${STEPS:-} ]]; then
+      echo "$STEPS"
+      return
+    fi
+    python -m extras.registered steps results/camvid-rates b0-dyt "$@"
+  }
+
+  ROWS=(b0 b0-dyt b0-fd b0-dyt-fd b0-dyt-as-long b0-dyt-as-long-as-both)
+  SECONDARY=(b0-dyt-cosine b0-dyt-gcos b0-dyt-cwd b0-dyt-dist b0-dyt-kl b0-dyt-zkl)
+fi
+
+# Every row at every rate of the grid, at its own schedule
+if [[ $schedule == rates ]]; then
+  for name in b2 b2-dyt "${ROWS[@]}" "${SECONDARY[@]}"; do
+    if is_wanted "$name"; then
+      steps=$(steps_of "$name")
+      for lr in ${RATES:-6e-4 1.2e-3 2.4e-3 4.8e-3}; do
+        run "$name-lr$lr" "$steps" $(flags_of "$name") "${WON[@]}" --lr "$lr"
+      done
+    fi
+  done
+  exit
+fi
+
+if [[ $schedule == registered ]]; then
+  best_of() {  # ROW...: "ROW-lrRATE", the best on val
+    python -m extras.registered best results/camvid-rates "$@"
+  }
+
+  chosen_row() {  # NAME STEPS BEST FLAGS: a row as BEST, a row with its rate, and more flags
+    local name=$1 steps=$2 best=$3
+    shift 3
+    run "$name" "$steps" $(flags_of "${best%-lr*}") "${WON[@]}" --lr "${best##*-lr}" "$@"
+  }
+
+  take_over() {  # ROW STEPS BEST: seed 0 at this rate was trained already, to find the rate
+    local from=runs/camvid-rates/$3-0 to=runs/camvid-registered/$1-0
+    if [[ -e $from/last.pth && ! -e $to && $(tail -n1 "$from/log.csv") == "$2,"* ]]; then
+      mkdir -p runs/camvid-registered
+      cp -r "$from" "$to"
+    fi
+  }
+
+  if is_wanted teacher; then
+    best=$(best_of b2 b2-dyt)
+    seeds=0 chosen_row teacher "$long" "$best"
+  fi
+  for name in "${ROWS[@]}"; do
+    if is_wanted "$name"; then
+      best=$(best_of "$name")
+      steps=$(steps_of "$name")
+      take_over "$name" "$steps" "$best"
+      chosen_row "$name" "$steps" "$best"
+    fi
+  done
+  for name in "${SECONDARY[@]}"; do
+    if is_wanted "$name"; then
+      best=$(best_of "$name")
+      take_over "$name" "$medium" "$best"
+      seeds=${SEEDS:-0 1} chosen_row "$name" "$medium" "$best"
+    fi
+  done
+
+  # Features first, without labels, and labels after: half of the steps each
+  if is_wanted b0-dyt-features-first; then
+    features=$(best_of b0-dyt-fd)
+    labels=$(best_of b0-dyt)
+    for seed in ${SEEDS:-0 1}; do
+      seeds=$seed chosen_row features-only $((medium / 2)) "$features" --loss none
+      seeds=$seed chosen_row b0-dyt-features-first $((medium / 2)) "$labels" \
+        --init "runs/camvid-registered/features-only-$seed/last.pth"
+    done
+  fi
+
+  # Few labels: a teacher with a share of them, a student with the same alone, and one that this
+  # teacher teaches on all frames
+  for share in 0.25 0.5; do
+    if is_wanted "few-$share"; then
+      best=$(best_of b2 b2-dyt)
+      seeds=0 chosen_row "few-$share-teacher" "$long" "$best" --labelled "$share"
+      best=$(best_of b0-dyt)
+      chosen_row "few-$share-alone" "$long" "$best" --labelled "$share"
+      best=$(best_of b0-dyt-fd)
+      chosen_row "few-$share-taught" "$long" "$best" --labelled "$share" --lambda-kl 1 \
+        --teacher "runs/camvid-registered/few-$share-teacher-0/last.pth"
+    fi
+  done
+
+  # The record: b0-dyt-fd on train, which is there, and on train and val
+  if is_wanted record; then
+    best=$(best_of b2 b2-dyt)
+    seeds=0 chosen_row record-teacher "$long" "$best" --with-val
+    best=$(best_of b0-dyt-fd)
+    chosen_row record "$long" "$best" --with-val \
+      --teacher runs/camvid-registered/record-teacher-0/last.pth
+  fi
   exit
 fi
 

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +174,50 @@ def patience():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+# `python` as reproduce.sh finds it: asks the tests' process to run the command, in a child that has
+# torch imported.
+ASKING_PYTHON = """#!{python} -S
+import os
+import sys
+from multiprocessing.connection import Client
+
+with Client({address!r}) as tests:
+    tests.send((sys.argv[1:], os.getcwd()))
+    code, output = tests.recv()
+sys.stdout.write(output)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def quick_python(tmp_path_factory):
+    """-> a folder for PATH whose `python` need not import torch, which takes most of the time."""
+    folder = tmp_path_factory.mktemp("bin")
+    address = str(folder / "socket")
+    listener = Listener(address)
+
+    def serve():
+        while True:
+            with listener.accept() as connection:
+                request = connection.recv()
+                if request is None:
+                    return
+                args, cwd = request
+                try:
+                    answer = (0, command(*args, cwd=cwd))
+                except AssertionError as error:  # it did not end with 0
+                    answer = (1, str(error))
+                connection.send(answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    script = folder / "python"
+    script.write_text(ASKING_PYTHON.format(python=sys.executable, address=address))
+    script.chmod(0o755)
+    yield folder
+    with Client(address) as connection:
+        connection.send(None)
+    thread.join()
+    listener.close()

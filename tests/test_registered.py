@@ -1,0 +1,158 @@
+"""The rows of reproduce.sh as commands, and what the registered study takes from its own runs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import train
+from conftest import ROOT
+from extras import registered
+from extras.cli import UsageError
+
+# `python` as reproduce.sh finds it: notes what it would train, and leaves the files of a run.
+# Seconds are steps times what a row's name says, so that times can be matched.
+NOTING_PYTHON = """#!{python} -S
+import json
+import os
+import sys
+
+args = sys.argv[1:]
+
+
+def value(flag):
+    return args[args.index(flag) + 1] if flag in args else None
+
+
+if args[0] == "-m":
+    os.execv({quick!r}, [{quick!r}, *args])
+if args[0] == "eval.py":
+    if value("--json"):
+        with open(value("--json"), "w") as file:
+            file.write("{{}}")
+    sys.exit()
+out = value("--out")
+with open("commands.jsonl", "a") as file:
+    file.write(json.dumps(args) + "\\n")
+if "--resume" in args:
+    sys.exit()
+os.makedirs(out)
+steps = int(value("--iters"))
+cost = 4 if value("--student") == "b2" else 2 if value("--teacher") else 1
+miou = {{"6e-4": 0.3, "1.2e-3": 0.5, "2.4e-3": 0.4}}.get(value("--lr"), 0.1)
+files = {{
+    "last.pth": "",
+    "log.csv": f"step,loss\\n{{steps}},1\\n",
+    "scores.csv": f"step,miou\\n1,0.9\\n{{steps}},{{miou}}\\n",
+    "fit.csv": f"step,seconds\\n{{steps}},{{steps * cost}}\\n",
+    "recipe.json": json.dumps({{"iters": steps}}),
+}}
+for name, text in files.items():
+    with open(os.path.join(out, name), "w") as file:
+        file.write(text)
+"""
+
+
+@pytest.fixture
+def dry(tmp_path, quick_python):
+    """-> reproduce(schedule, *rows, **environment): the commands of train.py that it would run."""
+    for name in ("reproduce.sh", "extras", "data.py", "model.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    quick = str(quick_python / "python")
+    python.write_text(NOTING_PYTHON.format(python=sys.executable, quick=quick))
+    python.chmod(0o755)
+    ours = {"DATA": "camvid:set", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def reproduce(*args, code=0, **variables):
+        noted = tmp_path / "commands.jsonl"
+        noted.unlink(missing_ok=True)
+        ended = subprocess.run(["bash", "reproduce.sh", *args], cwd=tmp_path, text=True,
+                               env=os.environ | ours | variables, capture_output=True, timeout=120)
+        assert ended.returncode == code, ended.stderr
+        lines = noted.read_text().splitlines() if noted.exists() else []
+        return [json.loads(line) for line in lines]
+
+    return reproduce
+
+
+def out_of(command):
+    """runs/camvid-short/b0-0 -> "b0-0" """
+    return os.path.basename(command[command.index("--out") + 1])
+
+
+def test_every_line_of_reproduce_is_a_command_of_train(dry):
+    three = {"RATES": "6e-4 1.2e-3 2.4e-3"}
+    commands = dry("short") + dry("levers") + dry("rates", "b2", "b2-dyt", **three)
+    commands += dry("registered", "teacher") + dry("rates", **three) + dry("registered")
+    for command in commands:
+        assert command[0] == "train.py"
+        args, _ = train.FLAGS.parse(command[1:])
+        assert args.resume or args.data == "camvid:" + os.path.abspath("set")
+    assert len(commands) > 100
+
+
+def test_the_registered_rows_have_the_rates_that_are_best_on_val(dry):
+    dry("rates", "b2", "b2-dyt")
+    assert [out_of(c) for c in dry("registered", "teacher")] == ["teacher-0"]
+    dry("rates", "b0", "b0-dyt", "b0-dyt-fd", LONG="100")
+
+    # seed 0 was trained to find the rate, and is not trained again
+    commands = dry("registered", "b0-dyt", LONG="100")
+    assert [out_of(c) for c in commands] == ["b0-dyt-0", "b0-dyt-1", "b0-dyt-2"]
+    assert "--resume" in commands[0]
+    for command in commands[1:]:
+        assert command[command.index("--lr") + 1] == "1.2e-3"
+        assert command[command.index("--iters") + 1] == "100"
+        assert command[command.index("--amp") + 1] == "bf16"
+
+
+def test_the_baseline_is_trained_for_as_long_as_the_distilled_run(dry):
+    dry("rates", "b2", "b2-dyt", LONG="100")
+    dry("registered", "teacher", LONG="100")
+    dry("rates", "b0-dyt", "b0-dyt-fd", LONG="100")
+    for row, steps in (("b0-dyt-as-long", "200"), ("b0-dyt-as-long-as-both", "600")):
+        commands = dry("rates", row, LONG="100")
+        assert len(commands) == 4
+        assert {c[c.index("--iters") + 1] for c in commands} == {steps}
+
+
+def test_a_row_without_its_rates_is_not_trained(dry):
+    assert dry("registered", "b0", code=1) == []       # of the tests' python, which knows 0 and 1
+
+
+# ---------------------------------------------------------------- python -m extras.registered
+
+def leave(folder, row, rate, miou, seconds=10.0, iters=100):
+    run = folder / f"{row}-lr{rate}" / "0"
+    run.mkdir(parents=True)
+    (run / "scores.csv").write_text(f"step,miou\n50,0.99\n{iters},{miou}\n")
+    (run / "fit.csv").write_text(f"step,seconds\n{iters},{seconds}\n")
+    (run / "recipe.json").write_text(json.dumps({"iters": iters}))
+    return run
+
+
+def test_the_best_rate_is_that_of_the_last_checkpoint_on_val(tmp_path, capsys):
+    for rate, miou in (("6e-4", 0.4), ("1.2e-3", 0.6), ("2.4e-3", 0.5)):
+        leave(tmp_path, "b0", rate, miou)
+    leave(tmp_path, "b0-dyt", "1.2e-3", 0.7)
+    assert registered.best_rate(tmp_path, ["b0"]).name == "b0-lr1.2e-3"
+    assert capsys.readouterr().err == ""
+    assert registered.best_rate(tmp_path, ["b0", "b0-dyt"]).name == "b0-dyt-lr1.2e-3"
+    assert "b0-dyt-lr1.2e-3 is at the edge of the rates" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no rate of b2 yet: ./reproduce.sh rates b2"):
+        registered.best_rate(tmp_path, ["b2"])
+
+
+def test_steps_are_matched_by_seconds(tmp_path):
+    leave(tmp_path, "b0-dyt", "1.2e-3", 0.5, seconds=50.0)
+    leave(tmp_path, "b0-dyt-fd", "2.4e-3", 0.6, seconds=80.0)
+    teacher = leave(tmp_path, "b2", "6e-4", 0.6, seconds=400.0)
+    assert registered.matched_steps(tmp_path, "b0-dyt", "b0-dyt-fd") == 160
+    assert registered.matched_steps(tmp_path, "b0-dyt", "b0-dyt-fd", [teacher]) == 960
+    (teacher / "fit.csv").unlink()
+    with pytest.raises(UsageError, match="cannot read .*fit.csv"):
+        registered.matched_steps(tmp_path, "b0-dyt", "b0-dyt-fd", [teacher])
