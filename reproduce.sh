@@ -149,10 +149,11 @@ if [[ $schedule == levers ]]; then
 fi
 
 # What docs/RESULTS.md registered. In the order in which one run needs another:
-#   levers;  rates b2 b2-dyt;  registered teacher;  rates;  registered
+#   levers;  rates b2 b2-dyt;  registered teacher second-teacher;  rates;  registered
 if [[ $schedule == rates || $schedule == registered ]]; then
   WON=(--augment plain --crop 360 480 --fit-log)          # the best of the levers on val so far
   teacher_file=runs/camvid-registered/teacher-0/last.pth
+  second_teacher_file=runs/camvid-registered/teacher-1/last.pth
 
   flags_of() {  # ROW: what makes it this row, but for its learning rate
     local dyt="--student b0 --norm dyt"
@@ -171,6 +172,8 @@ if [[ $schedule == rates || $schedule == registered ]]; then
       b0-dyt-dist)     echo "$dyt $taught --lambda-dist 1" ;;
       b0-dyt-kl)       echo "$dyt $taught --lambda-kl 1 --temperature 4" ;;
       b0-dyt-zkl)      echo "$dyt $taught --lambda-zkl 1" ;;
+      b0-dyt-kl-two)   echo "$dyt $taught --lambda-kl 1 --temperature 4 --flip-teacher" \
+                            "--second-teacher $second_teacher_file" ;;
     esac
   }
 
@@ -192,7 +195,7 @@ if [[ $schedule == rates || $schedule == registered ]]; then
   }
 
   ROWS=(b0 b0-dyt b0-fd b0-dyt-fd b0-dyt-as-long b0-dyt-as-long-as-both)
-  SECONDARY=(b0-dyt-cosine b0-dyt-gcos b0-dyt-cwd b0-dyt-dist b0-dyt-kl b0-dyt-zkl)
+  SECONDARY=(b0-dyt-cosine b0-dyt-gcos b0-dyt-cwd b0-dyt-dist b0-dyt-kl b0-dyt-zkl b0-dyt-kl-two)
 fi
 
 # Every row at every rate of the grid, at its own schedule
@@ -230,6 +233,10 @@ if [[ $schedule == registered ]]; then
   if is_wanted teacher; then
     best=$(best_of b2 b2-dyt)
     seeds=0 chosen_row teacher "$long" "$best"
+  fi
+  if is_wanted second-teacher; then
+    best=$(best_of b2 b2-dyt)
+    seeds=1 chosen_row teacher "$long" "$best"
   fi
   for name in "${ROWS[@]}"; do
     if is_wanted "$name"; then

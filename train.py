@@ -107,6 +107,7 @@ from extras.stopping import (
     start_workers,
     stopped,
 )
+from extras.teacher_ensemble import TeacherEnsemble
 from extras.train_flags import NOT_NEGATIVE, POSITIVE, TrainFlags
 from extras.trained_parameters import check_gradients, check_owned
 from extras.training_state import new_progress
@@ -707,16 +708,26 @@ def make_networks(args, train_set, device, resumed):
 
     teacher, projections = None, None
     if args.teacher:
-        teacher = load_checkpoint(args.teacher)
-        check_finite(teacher, args.teacher)
-        if reads_teachers_logits(args):                # features may come from other classes
-            check_classes(teacher, args.teacher, train_set)
-        warn_of_leak(teacher, args.teacher, args)
+        teacher = load_teacher(args.teacher, args, train_set)
         projections = Projections(SIZES[args.student]["dims"], SIZES[teacher.variant]["dims"])
+    if args.second_teacher or args.flip_teacher:
+        teachers = [teacher]
+        if args.second_teacher:
+            teachers.append(load_teacher(args.second_teacher, args, train_set))
+        teacher = TeacherEnsemble(teachers, args.flip_teacher)
 
     class_weight = choose_class_weights(args, train_set)
     objective = Objective(student, projections, args, class_weight).to(device)
     return student, teacher, objective
+
+
+def load_teacher(path, args, train_set):
+    teacher = load_checkpoint(path)
+    check_finite(teacher, path)
+    if reads_teachers_logits(args):                    # features may come from other classes
+        check_classes(teacher, path, train_set)
+    warn_of_leak(teacher, path, args)
+    return teacher
 
 
 def ready_teacher(teacher, student):

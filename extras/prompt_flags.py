@@ -21,7 +21,8 @@ DATASET_DEFAULTS["toy"] = DATASET_DEFAULTS["toy"] | {"lr": 2.4e-3}
 
 
 # What the loop reads of train.py's flags and cannot be chosen here.
-FIXED = {"accum": 1, "compile": False, "fit_log": False, "labelled": None, "with_val": False}
+FIXED = {"accum": 1, "compile": False, "fit_log": False, "labelled": None, "with_val": False,
+         "second_teacher": None, "flip_teacher": False}
 
 
 class PromptFlags(TrainFlags):

@@ -148,14 +148,14 @@ def camvid():
 def words():
     head = ["trained with", "sensitivity", "the truth's", "between classes",
             "between words of one meaning", "selectivity", "mIoU, gated"]
-    rows = {"4 prompts": scores_of("four-prompts"), "21 prompts": scores_of("supervised")[:1]}
+    rows = {"4 prompts": scores_of("four-prompts"), "21 prompts": scores_of("supervised")}
     columns = [
-        lambda found: cell(found, "sensitivity"),
-        lambda found: cell(found, "sensitivity_truth"),
-        lambda found: cell(found, "between_classes"),
-        lambda found: cell(found, "between_synonyms"),
-        lambda found: cell(found, "selectivity"),
-        lambda found: cell(found, "miou", "{:.1f}", 100),
+        lambda found: each(found, "sensitivity", "{:.3f}"),
+        lambda found: each(found, "sensitivity_truth", "{:.3f}"),
+        lambda found: each(found, "between_classes", "{:.3f}"),
+        lambda found: each(found, "between_synonyms", "{:.3f}"),
+        lambda found: each(found, "selectivity", "{:.3f}"),
+        lambda found: both(found, "miou"),
     ]
     return make_table(head, rows, columns)
 
@@ -205,9 +205,9 @@ def tokenizer():
         "from scratch": scores_of("swap-scratch"),
     }
     columns = [
-        lambda found: cell(found, "miou", "{:.1f}", 100),
-        lambda found: cell(found, "argmax", "{:.1f}", 100),
-        lambda found: cell(found, "sensitivity"),
+        lambda found: both(found, "miou"),
+        lambda found: both(found, "argmax"),
+        lambda found: each(found, "sensitivity", "{:.3f}"),
     ]
     return make_table(head, rows, columns)
 

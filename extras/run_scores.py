@@ -6,6 +6,7 @@ from eval import evaluate, scores
 from extras.cli import NotFinite, UsageError, show_progress
 from extras.distributed import all_reduce, broadcast_buffers, rank, world_size
 from extras.provenance import has_classes_of, validation_name
+from extras.same_run import teacher_words
 
 
 def evaluate_together(model, dataset, progress=None):
@@ -21,8 +22,9 @@ def score_teacher(run):
     """The teacher's scores, once: a teacher that was loaded wrongly shows here."""
     if run.teacher is None:
         return
+    name = teacher_words(run.args)
     if not has_classes_of(run.teacher, run.val_set):
-        print(f"teacher {run.args.teacher}: {run.teacher.num_classes} classes of its own; it "
+        print(f"teacher {name}: {run.teacher.num_classes} classes of its own; it "
               f"teaches features, and no score of it would mean anything", flush=True)
         return
     result = run.progress["teacher_scores"]
@@ -30,7 +32,7 @@ def score_teacher(run):
         try:
             result = evaluate_together(run.teacher, run.val_set, show_progress("teacher"))
         except NotFinite as error:
-            raise UsageError(f"{run.args.teacher}: {error}") from None
+            raise UsageError(f"{name}: {error}") from None
         run.progress["teacher_scores"] = result
-    print(f"teacher {run.args.teacher}: mIoU {100 * result['miou']:.2f} % "
+    print(f"teacher {name}: mIoU {100 * result['miou']:.2f} % "
           f"on {run.val_set.name} {validation_name(run.args)}, full resolution", flush=True)

@@ -23,7 +23,8 @@ from model import layer_norms
 # On --resume; every other flag is the experiment.
 MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every", "tensorboard", "cache",
               "compile")
-PATHS = ("init", "teacher", "cache")                   # and --data's folder
+TEACHERS = ("teacher", "second_teacher")
+PATHS = ("init", *TEACHERS, "cache")                   # and --data's folder
 SPLITS = ("train", "unlabelled", "val")
 HASHED = 24                                            # hexadecimal digits that are kept
 
@@ -80,7 +81,7 @@ def merge_resumed_flags(no_flags, state, given):
     knows_teacher = bool((state.get("origin") or {}).get("teacher"))
     merged = no_flags | stored
     for name, value in absolute_paths(given).items():
-        if name in MAY_CHANGE or (name == "teacher" and knows_teacher):
+        if name in MAY_CHANGE or (name in TEACHERS and stored.get(name) and knows_teacher):
             merged[name] = value
         elif name == "amp" and value == "auto":
             continue
@@ -88,9 +89,11 @@ def merge_resumed_flags(no_flags, state, given):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {value} differs from the resumed run's {stored.get(name)}: "
                              "that would be another experiment; leave it out, or start a new run")
-    if stored.get("teacher") and knows_teacher and not os.path.exists(merged["teacher"]):
-        raise UsageError(f"the run's teacher is not at {merged['teacher']} any more: "
-                         "add --teacher FILE to say where it is now")
+    for name in TEACHERS:
+        if stored.get(name) and knows_teacher and not os.path.exists(merged[name]):
+            flag = name.replace("_", "-")
+            raise UsageError(f"the run's {flag.replace('-', ' ')} is not at {merged[name]} any "
+                             f"more: add --{flag} FILE to say where it is now")
     return merged
 
 
@@ -151,8 +154,18 @@ def check_origin(before, now, args, folder):
         raise UsageError(f"the labels of {args.data} were changed since {folder} was begun: "
                          "put them back, or start a new run")
     if before["teacher"] != now["teacher"]:
-        raise UsageError(f"{args.teacher} is not the teacher that {folder} was begun with: its "
-                         "content is another; add --teacher with that one, or start a new run")
+        raise UsageError(f"{teacher_words(args)} is not the teacher that {folder} was begun with: "
+                         "its content is another; add --teacher with that one, or start a new run")
+
+
+def teacher_words(args):
+    """"b2.pth", or "b2.pth and other.pth, with mirror images"."""
+    words = args.teacher
+    if args.second_teacher:
+        words += f" and {args.second_teacher}"
+    if args.flip_teacher:
+        words += ", with mirror images"
+    return words
 
 
 def check_frames(before, now, what, folder):

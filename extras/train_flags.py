@@ -141,8 +141,11 @@ class TrainFlags:
     def check_settled(self, args):
         """What only the settled flags of a new run tell. Raises UsageError.
 
-        --loss none: what is left must reach every stage.
+        Several teachers have no common features; with --loss none, what is left must reach every
+        stage.
         """
+        if args.second_teacher or args.flip_teacher:
+            self.check_ensemble(args)
         if args.loss != "none":
             return
         for term in self.distillation_terms:
@@ -151,6 +154,21 @@ class TrainFlags:
                 return
         raise UsageError("--loss none leaves too little to learn from: it needs a --teacher, and a "
                          "loss on its stages or its logits, such as --lambda-fd 1")
+
+    def check_ensemble(self, args):
+        """Raise UsageError where --second-teacher or --flip-teacher has no logits to add to."""
+        flag = "--second-teacher" if args.second_teacher else "--flip-teacher"
+        if not args.teacher:
+            raise UsageError(f"{flag} needs a --teacher")
+        reads_logits = False
+        for term in self.distillation_terms:
+            weight = getattr(args, term.weight_name)
+            if weight and term.teacher_reads != "logits":
+                raise UsageError(f"{flag} has no features, which --lambda-{term.name} compares: "
+                                 f"add --lambda-{term.name} 0")
+            reads_logits = reads_logits or bool(weight)
+        if not reads_logits:
+            raise UsageError(f"{flag} needs a loss on logits, such as --lambda-kl 1")
 
     def note_unused(self, args, given):
         """Say which of the given flags change nothing beside the others."""
@@ -209,6 +227,9 @@ class TrainFlags:
             "whose head is new if the classes differ (default: from scratch)", metavar="FILE")
         add("--teacher", "checkpoint of the teacher to distil; like --init ours, Hugging Face's, "
             "NVlabs' or TransKD's", metavar="FILE")
+        add("--second-teacher", "another one: losses on logits then learn from the mean of both",
+            metavar="FILE")
+        add_switch("--flip-teacher", "and from what a teacher says of the mirror image")
         add("--accum", "forward passes of a step; its batch is batch-size x accum x processes",
             type=POSITIVE_INTEGER)
         add("--loss", "supervision: wce is eq. 3, dice-focal eq. 14, wce-dice eq. 3 plus Dice, "

@@ -87,7 +87,8 @@ def out_of(command):
 def test_every_line_of_reproduce_is_a_command_of_train(dry):
     three = {"RATES": "6e-4 1.2e-3 2.4e-3"}
     commands = dry("short") + dry("levers") + dry("rates", "b2", "b2-dyt", **three)
-    commands += dry("registered", "teacher") + dry("rates", **three) + dry("registered")
+    commands += dry("registered", "teacher", "second-teacher")
+    commands += dry("rates", **three) + dry("registered")
     for command in commands:
         assert command[0] == "train.py"
         args, _ = train.FLAGS.parse(command[1:])

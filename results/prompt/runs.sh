@@ -88,15 +88,18 @@ toy() {
         closed closed-set-$seed "${TOY[@]}" --iters 200 --lr 4.8e-3 --seed $seed
         [ "$seed" = 0 ] && negatives 0
     done
-    toy_student four-prompts-0 --prompts 4
-    # 100 steps after the tokenizer changed: the text encoder new and the rest kept, or all of it new
-    toy_student swap-init-0 --iters 100 --tokenizer bytes --init "$RUNS/supervised-0/last.pth" --reset-text
-    toy_student swap-scratch-0 --iters 100 --tokenizer bytes
+    [[ " $SEEDS " == *" 1 "* ]] && negatives 1
+    for seed in $SEEDS; do
+        toy_student four-prompts-$seed --seed $seed --prompts 4
+        # 100 steps after the tokenizer changed: the text encoder new and the rest kept, or all of it new
+        toy_student swap-init-$seed --seed $seed --iters 100 --tokenizer bytes \
+            --init "$RUNS/supervised-$seed/last.pth" --reset-text
+        toy_student swap-scratch-$seed --seed $seed --iters 100 --tokenizer bytes
+    done
     # Longer and at another rate: what a packed prompt student is measured on.
     prompt first-400-0 "${TOY[@]}" --iters 400 --lr 1.2e-3
     fewer_bits first-400-0
     fewer_bits teacher
-    [[ " $SEEDS " == *" 1 "* ]] && negatives 1
 }
 
 camvid() {
