@@ -109,7 +109,19 @@ def report(error):
         print(f"error: the memory is too small ({first_line_of_allocator(error)}): a smaller "
               "--batch-size, --crop or --size needs less", file=sys.stderr)
         return 2
+    if isinstance(error, ImportError) and is_of_others(error):
+        print(f"error: a package is absent, or only half of it is installed ({sentence_of(error)}"
+              f"): pip install {error.name.partition('.')[0]} anew", file=sys.stderr)
+        return 2
     raise error
+
+
+def is_of_others(error):
+    """Is what could not be imported a package, and no file of ours?"""
+    name = (error.name or "").partition(".")[0]
+    project = Path(__file__).parent.parent
+    is_ours = (project / name).exists() or (project / f"{name}.py").exists()
+    return bool(name) and not is_ours
 
 
 def sentence_of(error):
