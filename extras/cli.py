@@ -109,9 +109,14 @@ def report(error):
         print(f"error: the memory is too small ({first_line_of_allocator(error)}): a smaller "
               "--batch-size, --crop or --size needs less", file=sys.stderr)
         return 2
+    if isinstance(error, RuntimeError) and "cpuinfo" in str(error):
+        print(f"error: torch cannot tell what this CPU has ({sentence_of(error)}): see to it that "
+              "/proc is mounted", file=sys.stderr)
+        return 2
     if isinstance(error, ImportError) and is_of_others(error):
-        print(f"error: a package is absent, or only half of it is installed ({sentence_of(error)}"
-              f"): pip install {error.name.partition('.')[0]} anew", file=sys.stderr)
+        package = error.name.partition(".")[0]
+        print(f"error: {package} is absent, or only half of it is installed ({sentence_of(error)}"
+              f"): pip install --force-reinstall {package}", file=sys.stderr)
         return 2
     raise error
 

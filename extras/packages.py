@@ -52,5 +52,5 @@ def import_package(name, needed, wanted=None):
         raise UsageError(f"{needed} the package {name}: pip install {wanted or name}")
     if fault:
         raise UsageError(f"{needed} the package {name}, which is there but broken ({fault}): "
-                         f"pip install it anew")
+                         f"pip install --force-reinstall {wanted or name}")
     return importlib.import_module(name)
