@@ -71,7 +71,7 @@ from extras.distributed import (
 )
 from extras.few_labels import MixedStream, Unlabelled, labels_for_kl
 from extras.machine import AMP_DTYPES, keep_freed_memory
-from extras.memory import check_memory
+from extras.memory import check_memory, check_shared_memory
 from extras.pixel_counts import cached_pixel_counts
 from extras.provenance import check_classes, check_finite, warn_of_leak
 from extras.resuming import go_on_from, resumed_flags
@@ -645,6 +645,7 @@ def prepare(args, given, lock, task=None):
         summary_writer()                               # absent: said before anything is done
     device = join_processes(args.device)
     check_memory(args, device)
+    check_shared_memory(args)
 
     train_set, unlabelled_set, val_set = open_splits(args)
     total_batch = args.batch_size * args.accum * world_size()

@@ -3,9 +3,7 @@
     python bench.py data [--data camvid:DIR]        # without --data: drawn frames, written as .png
 """
 
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from PIL import Image
 
 from data import Augment, open_dataset
 from extras.measure import Candidate, compare, print_row, run_in_turns
+from extras.outputs import temporary_folder
 from extras.toy_scenes import TOY, draw_scene
 
 FRAMES = 64                                                       # read in a run, at most
@@ -61,9 +60,9 @@ def fill_cache(dataset):
 
 def bench_data(options):
     """A frame read in one thread. -> rows"""
-    with tempfile.TemporaryDirectory() as folder:
-        spec = options.data or write_frames(Path(folder) / "drawn")
-        cache = Path(folder) / "cache"
+    with temporary_folder() as folder:
+        spec = options.data or write_frames(folder / "drawn")
+        cache = folder / "cache"
         dataset = open_dataset(spec, "train", cache=cache)
         fill_cache(dataset)
         frames = min(FRAMES, len(dataset))

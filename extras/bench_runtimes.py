@@ -14,9 +14,7 @@ transformers' network gets its images normalised; ours does that inside, and it 
 """
 
 import contextlib
-import importlib.util
 import io
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,13 +24,16 @@ import torch
 from data import open_dataset
 from eval import evaluate, resize_image, scores
 from extras.bench_transformers import SIDES, import_transformers
-from extras.cli import UsageError, show_progress
+from extras.cli import LONGEST, UsageError, show_progress
 from extras.exported_model import export, quiet_exporters
 from extras.hugging_face import HUGGING_FACE_EPS, check_network, write_folder
 from extras.int8 import calibration_frames, quantize_file
 from extras.machine import cpu_has_bf16
 from extras.measure import Candidate, compare, print_row, run_in_turns
 from extras.onnx_graph import FileModel, open_session, runner_of, write_onnx
+from extras.outputs import temporary_folder
+from extras.packages import ABSENT, fault_of
+from extras.printable import printable
 from extras.provenance import check_classes
 from model import layer_norms, load_checkpoint, save_checkpoint, segformer
 
@@ -78,7 +79,13 @@ def settings_here():
     """-> the SETTINGS that this machine has packages and units for; says which it has not."""
     here = []
     for runtime, packages in PACKAGES.items():
-        absent = [name for name in packages if importlib.util.find_spec(name) is None]
+        faults = {name: fault_of(name) for name in packages}
+        absent = [name for name, fault in faults.items() if fault == ABSENT]
+        broken = [f"{name} is there but broken ({fault})"
+                  for name, fault in faults.items() if fault not in (None, ABSENT)]
+        if broken:
+            print(f"{runtime}: not measured, {printable('; '.join(broken), LONGEST)}")
+            continue
         if absent:
             print(f"{runtime}: not measured, pip install {' '.join(absent)}")
             continue
@@ -295,8 +302,7 @@ def bench_runtimes(options):
     for title, model in networks_of(options).items():
         if options.data is not None:
             check_classes(model, title, open_dataset(options.data, "val"))
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
+        with temporary_folder() as folder:
             with torch.inference_mode(False):
                 write_files(model, folder, options, settings)
             found = rows_of(title, model, folder, options, settings)

@@ -19,7 +19,6 @@ from torch import nn
 
 from extras.bench_losses import cskd_of_stages, plain_ce, plain_cskd, plain_pekd
 from extras.checkpoint_formats import rename
-from extras.cli import UsageError
 from extras.measure import (
     Candidate,
     compare,
@@ -29,6 +28,7 @@ from extras.measure import (
     print_row,
     run_in_turns,
 )
+from extras.packages import import_package
 from extras.roofline import measure_rates, roofline
 from losses import Projections, class_weights, pekd, weighted_cross_entropy
 from model import MEAN, SIZES, STD, segformer
@@ -120,12 +120,8 @@ def print_settings(title, timings, options):
 
 def import_transformers():
     """Raises UsageError where transformers is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        raise UsageError("the subjects peer and step compare with transformers: "
-                         "pip install transformers==5.23.0") from None
-    return transformers
+    return import_package("transformers", "to compare with transformers takes",
+                          "transformers==5.23.0")
 
 
 def peer_model(variant, classes):

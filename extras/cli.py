@@ -103,7 +103,24 @@ def report(error):
         print(f"error: the memory is too small ({first_line_of_allocator(error)}): a smaller "
               "--batch-size, --crop or --size needs less", file=sys.stderr)
         return 2
+    if isinstance(error, RuntimeError) and "cpuinfo" in str(error):
+        print(f"error: torch cannot tell what this CPU has ({sentence_of(error)}): see to it that "
+              "/proc is mounted", file=sys.stderr)
+        return 2
+    if isinstance(error, ImportError) and is_of_others(error):
+        package = error.name.partition(".")[0]
+        print(f"error: {package} is absent, or only half of it is installed ({sentence_of(error)}"
+              f"): pip install --force-reinstall {package}", file=sys.stderr)
+        return 2
     raise error
+
+
+def is_of_others(error):
+    """Is what could not be imported a package, and no file of ours?"""
+    name = (error.name or "").partition(".")[0]
+    project = Path(__file__).parent.parent
+    is_ours = (project / name).exists() or (project / f"{name}.py").exists()
+    return bool(name) and not is_ours
 
 
 def sentence_of(error):

@@ -24,12 +24,12 @@ it disagrees. What is behind it: extras/exported_model.py, onnx_graph.py, int8.p
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from extras.cli import UsageError, number, run_command
 from extras.exported_model import SMALLEST_EXPORTED, export, kind_of, output_of
 from extras.hugging_face import write_folder
+from extras.outputs import temporary_folder
 from extras.provenance import refuse_prompts
 from model import load_checkpoint, save_checkpoint
 
@@ -76,8 +76,8 @@ def export_int8(model, args):
     if size is None:
         raise UsageError(f"{args.checkpoint} does not say what size it was trained at, and a file "
                          "in int8 is of one size: add --size H W")
-    with tempfile.TemporaryDirectory() as folder:
-        exported = Path(folder) / "fp32.onnx"
+    with temporary_folder() as folder:
+        exported = folder / "fp32.onnx"
         export(model, exported, args.logits, size)
         report = write_int8(model, exported, args.target, size, args.data, args.max_drop)
     output = output_of(args.logits)

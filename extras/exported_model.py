@@ -9,7 +9,6 @@ extras/export.py is the command, and says what such a file holds.
 """
 
 import contextlib
-import importlib
 import io
 import json
 import logging
@@ -26,6 +25,7 @@ from torch import nn
 
 from extras.cli import UsageError
 from extras.onnx_graph import open_onnx, write_onnx
+from extras.packages import import_package
 
 SMALLEST_EXPORTED = 64                                            # pixels: no map is one pixel wide
 CHECKED_SIZES = ((1, 64, 96), (2, 150, 203))                      # (B, H, W) of the random images
@@ -107,21 +107,14 @@ KINDS = {
 
 def kind_of(path):
     """-> the Kind of a file, by its suffix; packages and folder are there, and what stands at
-    `path` may be replaced. Raises ExportError."""
+    `path` may be replaced. Raises UsageError."""
     suffix = Path(path).suffix.lower()
     if suffix not in KINDS:
         raise ExportError(f"{path}: the file to export must end in .pt2 or .onnx, in .pth for a "
                           "checkpoint, or have no suffix for a Hugging Face folder")
     kind = KINDS[suffix]
     for package in kind.packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            wanted = " ".join(kind.packages)
-            raise ExportError(f"ONNX needs the package {package}: pip install {wanted}") from None
-        except Exception as error:                                # half of it is installed
-            raise ExportError(f"ONNX needs the package {package}, which is there but broken "
-                              f"({error}): pip install it anew") from None
+        import_package(package, "ONNX needs", " ".join(kind.packages))
     if not Path(path).parent.is_dir():
         raise ExportError(f"{path}: there is no folder {Path(path).parent}")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -161,8 +154,8 @@ def export(model, path, logits=False, size=None):
 
     logits: the output is the logits at a quarter of the input; else the classes
     size: (H, W) that is written into the file, with a batch of 1; None: any
-    Nothing stands at `path` unless the file agrees. Raises ExportError for another suffix, absent
-    packages or folder, and a file that disagrees.
+    Nothing stands at `path` unless the file agrees. Raises ExportError for another suffix, an
+    absent folder, and a file that disagrees, and UsageError for absent packages.
     """
     kind = kind_of(path)
     deployed = Deployed(model.fold().cpu(), logits).eval()

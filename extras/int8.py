@@ -16,6 +16,7 @@ accuracy. What that is worth on a device: docs/DEPLOY.md.
 import contextlib
 import logging
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,6 +227,18 @@ def score_of(model, dataset, size, name):
     return scores(confusion)["miou"]
 
 
+@contextlib.contextmanager
+def naming_both_places(target):
+    """The quantiser writes beside `target` and into the folder for temporary files, and its error
+    of a full disk names neither.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"cannot write {target}, or the temporary files that it takes, in "
+                          f"{tempfile.gettempdir()} (TMPDIR): {error.strerror or error}") from None
+
+
 def write_int8(model, exported, target, size, spec, max_drop):
     """The exported fp32 file of `model` -> an int8 file at `target`. -> Int8Report
 
@@ -240,7 +253,8 @@ def write_int8(model, exported, target, size, spec, max_drop):
     target = Path(target)
     partial = target.with_name(f"partial-{os.getpid()}-int8.onnx")
     try:
-        quantize_file(str(exported), str(partial), calibration_frames(train, size))
+        with naming_both_places(target):
+            quantize_file(str(exported), str(partial), calibration_frames(train, size))
         small = FileModel(open_logits(str(partial)), model.num_classes)
         report = Int8Report(
             miou_fp32=score_of(model.fold(), val, size, "fp32"),

@@ -1,9 +1,11 @@
 """Sizes that cannot be had are refused before anything is allocated.
 
     check_memory(args, device)
+    check_shared_memory(args)
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from extras.cli import UsageError
 # large, and what is not may still be.
 AS_READ = 4
 AS_FLOATS = 12
+SHARED_MEMORY = "/dev/shm"                             # where Linux keeps it; a container: 64 MiB
+BATCHES_AHEAD = 4                                      # that each of the --workers keeps ready
 
 
 def check_memory(args, device):
@@ -36,6 +40,27 @@ def check_memory(args, device):
             raise UsageError(f"{what} need {needed / 2**30:,.0f} GiB and more, and {device} has "
                              f"{memory / 2**30:,.0f}: take a smaller --batch-size, --accum, --crop "
                              "or --size")
+
+
+def check_shared_memory(args):
+    """Raise UsageError where the batches that --workers keep ready have no room.
+
+    The system ends a worker that writes beyond it, be it hours later, at a validation, when they
+    are first ready all at once.
+    """
+    if not args.workers or not os.path.isdir(SHARED_MEMORY):
+        return
+    height, width = args.crop
+    batch = args.batch_size * args.accum * height * width * AS_READ
+    batches = args.workers * BATCHES_AHEAD
+    if args.iters:
+        batches = min(batches, args.iters)
+    needed = batches * batch
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UsageError(f"the batches that --workers {args.workers} keep ready need "
+                         f"{needed / 2**20:,.1f} MiB of {SHARED_MEMORY}, where {free / 2**20:,.1f} "
+                         "are free: take fewer --workers, or give it more (docker run --shm-size)")
 
 
 def device_memory(device):

@@ -9,6 +9,8 @@
     parser.add_argument("--json", type=output_path)               # refused before the work is done
     parser.add_argument("--picture", type=picture_path)
 
+    with temporary_folder() as folder:                            # gone after the block
+
 A file appears whole or not at all (model.write_atomically). What stands at its path is replaced,
 never written through: a link there may lead out of the folder, and a device or a pipe is no place
 for a file. Raises UsageError, in a sentence that names the file.
@@ -16,13 +18,21 @@ for a file. Raises UsageError, in a sentence that names the file.
 
 import argparse
 import contextlib
+import errno
 import os
+import tempfile
 from pathlib import Path
 
 from PIL import Image
 
 from extras.cli import UsageError, make_folder
 from model import write_atomically
+
+NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # a full disk; a used-up quota
+
+
+class FullDisk(UsageError):
+    """There is no room for a file, nor will there be for the next one."""
 
 
 @contextlib.contextmanager
@@ -32,7 +42,28 @@ def output_file(path):
         with write_atomically(path) as file:
             yield file
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+        kind = FullDisk if error.errno in NO_ROOM else UsageError
+        raise kind(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def temporary_folder():
+    """Yield the Path of a folder that is removed after the block. Raises UsageError where none can
+    be made, and where the disk that it is on gets full.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise UsageError(f"no folder for temporary files can be made ({error.strerror or error}): "
+                         "set TMPDIR to a place for them") from None
+    with folder as name:
+        try:
+            yield Path(name)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise FullDisk(f"{name}, for temporary files: {error.strerror}; set TMPDIR to a place "
+                           "with more room") from None
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import numpy as np
 
 from extras.cli import UsageError, make_folder, run_command
 from extras.outputs import output_file
+from extras.packages import import_package
 from extras.seed_groups import group_runs
 
 STYLE = {
@@ -34,10 +35,7 @@ STYLE = {
 
 def import_pyplot():
     """-> matplotlib.pyplot, set to draw into files. Raises UsageError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib = import_package("matplotlib", "figures need")
     matplotlib.use("Agg")                                         # files, no window
     import matplotlib.pyplot as plt
     return plt

@@ -14,7 +14,8 @@ DIR/NAME_overlay.gif (.webp, .png), each frame shown as long as before; --frames
 each frame too, to DIR/NAME/000001.png and on. What lies below a folder keeps its place below DIR.
 
 A photo or a frame that cannot be read is said at the end, the others do not wait for it; the exit
-code is 2 then. Nothing is written through a link.
+code is 2 then. A full disk ends the command, which says how many are done. Nothing is written
+through a link.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from data import CITYSCAPES, DatasetError, distinct_colours, read_lines, read_pi
 from eval import segment
 from extras.cli import NotFinite, UsageError, make_folder, number, run_command, show_progress
 from extras.machine import keep_freed_memory, pick_device
-from extras.outputs import output_below
+from extras.outputs import FullDisk, output_below
 from extras.pictures import overlay
 from extras.provenance import other_classes
 from extras.video import VIDEO_SUFFIXES, is_animation, is_pattern, sequence_name
@@ -235,16 +236,32 @@ class Segmenter:
 
 
 def segment_photos(segmenter, photos):
-    """-> a sentence for each photo that cannot be read; the others go on."""
+    """-> a sentence for each photo that cannot be read; the others go on. A full disk ends it."""
     progress = show_progress("photos")
     problems = []
     for done, photo in enumerate(photos, 1):
         try:
             segmenter.segment_photo(photo)
+        except FullDisk as error:
+            say_problems(problems)
+            before = done - 1 - len(problems)
+            raise FullDisk(f"{error}; {before} of {len(photos)} photos were segmented before, "
+                           f"{len(photos) - done} come after it") from None
         except (DatasetError, UsageError) as error:
             problems.append(str(error))
+        except KeyboardInterrupt:
+            say_problems(problems)
+            before = done - 1 - len(problems)
+            print(f"{before} of {len(photos)} photos were segmented, the last one before "
+                  f"{photo.path}", file=sys.stderr)
+            raise
         progress(done, len(photos))
     return problems
+
+
+def say_problems(problems):
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
 
 
 def segment_clips(segmenter, clips):
@@ -254,6 +271,9 @@ def segment_clips(segmenter, clips):
     for item in clips:
         try:
             problems += segment_clip(segmenter, item)
+        except FullDisk:
+            say_problems(problems)
+            raise
         except (DatasetError, UsageError) as error:
             problems.append(str(error))
     return problems
@@ -322,8 +342,7 @@ def main():
         if photos:
             print(describe(photos, problems, args))
         problems += segment_clips(segmenter, clips)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    say_problems(problems)
     return 2 if problems else 0
 
 

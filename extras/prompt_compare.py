@@ -19,7 +19,6 @@ import io
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from data import SPLITS, open_dataset
 from eval import no_nan
 from extras.cli import NotFinite, UsageError, add_fold_flags, make_folder, show_progress
 from extras.machine import pick_device
-from extras.outputs import output_path, write_text
+from extras.outputs import output_path, temporary_folder, write_text
 from extras.prompt_checkpoint import load_prompt, packed_prompt, save_packed_prompt, save_prompt
 from extras.prompt_metrics import ask
 from extras.prompt_scores import score
@@ -75,7 +74,7 @@ def make_row(model, name, dataset, questions, teacher):
     """A mode that fails is a row with its reason, and the others go on."""
     row = Row(name)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             network, row.size = stored_as(model, name, folder)
         device = next(model.parameters()).device
         network = network.to(device)
@@ -95,7 +94,7 @@ def teacher_row(teacher, size, dataset, questions):
 
 
 def bytes_in_fp16(model):
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         return stored_as(model, "fp16", folder)[1]
 
 

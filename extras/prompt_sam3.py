@@ -21,17 +21,18 @@ from PIL import Image
 from data import SPLITS, open_dataset
 from extras.cli import UsageError, add_fold_flags, make_folder, run_command
 from extras.machine import pick_device
+from extras.packages import import_package
 from extras.prompt_teacher_files import LOWEST_SCORE, write_instances_file
 from extras.prompt_words import choose_prompts
 
 
 def open_sam3(weights, device):
     """-> (processor, model). Raises UsageError where they are not to be had."""
-    try:
-        from transformers import Sam3Model, Sam3Processor
-    except ImportError:
-        raise UsageError("SAM 3 needs the package transformers, 5 or newer: "
-                         "pip install transformers") from None
+    transformers = import_package("transformers", "SAM 3 needs, 5 or newer,")
+    if not hasattr(transformers, "Sam3Model"):
+        raise UsageError("SAM 3 needs a newer transformers: pip install --upgrade transformers")
+    from transformers import Sam3Model, Sam3Processor
+
     try:
         processor = Sam3Processor.from_pretrained(weights)
         model = Sam3Model.from_pretrained(weights).to(device).eval()

@@ -24,7 +24,6 @@ import copy
 import json
 import os
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from eval import evaluate, network_logits, scores
 from extras.cli import UsageError, add_fold_flags, run_command, show_progress
 from extras.comparison import spread_indices
 from extras.machine import keep_freed_memory, pick_device
-from extras.outputs import output_path, write_text
+from extras.outputs import output_path, temporary_folder, write_text
 from extras.packed_layers import FORMAT, count_bits, pack, packable_layers, save_packed
 from extras.provenance import check_classes, refuse_prompts, warn_of_leak
 from extras.score_table import percent
@@ -69,7 +68,7 @@ def packed_copy(model, mode, keep=()):
 
 def bytes_of_checkpoint(model, half):
     """Bytes on the disk of a model's checkpoint, in fp32 or fp16."""
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         path = os.path.join(folder, "model.pth")
         save_checkpoint(model, path, half=half)
         return os.path.getsize(path)

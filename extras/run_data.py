@@ -7,6 +7,7 @@ import torch
 from data import open_dataset
 from extras.distributed import rank
 from extras.few_labels import split_labelled
+from extras.memory import BATCHES_AHEAD
 from extras.stopping import prepare_worker
 from model import SMALLEST
 
@@ -53,7 +54,7 @@ def make_loader(run):
         batch_sampler=Batches(run.start, args.iters, run.total_batch, local_batch),
         num_workers=args.workers,
         pin_memory=run.device.type == "cuda",
-        prefetch_factor=4 if args.workers else None,
+        prefetch_factor=BATCHES_AHEAD if args.workers else None,
         worker_init_fn=prepare_worker,
     )
 

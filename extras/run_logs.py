@@ -9,7 +9,8 @@ import io
 
 from extras.cli import UsageError
 from extras.distributed import rank
-from model import write_atomically
+from extras.outputs import write_text
+from extras.packages import import_package
 
 
 class Log:
@@ -28,8 +29,7 @@ class Log:
         writer.writerow(columns)
         writer.writerows(rows)
         # Killed while rewriting, the old rows are still there.
-        with write_atomically(self.path) as file:
-            file.write(text.getvalue().encode())
+        write_text(self.path, text.getvalue())
         # Open as long as the run.
         self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
 
@@ -110,9 +110,7 @@ class Board:
 
 def summary_writer():
     """-> TensorBoard's writer class. Raises UsageError where the package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError(
-            "--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    import_package("tensorboard", "--tensorboard needs")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter

@@ -17,12 +17,13 @@ import os
 import signal
 import sys
 import threading
+from multiprocessing.connection import Listener
 
 import torch
 import torch.distributed as dist
 
 from data import DatasetError
-from extras.cli import ProcessLost, Stopped, interrupt, is_out_of_memory
+from extras.cli import ProcessLost, Stopped, UsageError, interrupt, is_out_of_memory
 from extras.distributed import all_reduce
 from extras.run_lock import close_in_worker
 
@@ -189,11 +190,14 @@ def until_written():
 
 
 def start_workers(loader):
-    """-> the iterator over `loader`, whose lost workers are told by its `next` only.
+    """-> the iterator over `loader`, whose lost workers are told by its `next` only. Raises
+    UsageError.
 
     torch's handler of SIGCHLD would raise the error wherever this process is: in the middle of a
     step, or of a file.
     """
+    if loader.num_workers:
+        check_sockets()
     if not in_main_thread() or not hasattr(signal, "SIGCHLD"):
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
@@ -202,6 +206,20 @@ def start_workers(loader):
     batches = iter(loader)
     signal.signal(signal.SIGCHLD, before)
     return batches
+
+
+def check_sockets():
+    """Raise UsageError where the folder for temporary files cannot hold a socket.
+
+    A worker sends its batches through one. It makes it in a thread of its own: where that fails,
+    the batch would be waited for without end.
+    """
+    try:
+        Listener().close()
+    except OSError as error:
+        raise UsageError(f"--workers need a socket in the folder for temporary files, and none can "
+                         f"be made there ({error.strerror or error}): set TMPDIR to another "
+                         "folder, or add --workers 0") from None
 
 
 def prepare_worker(worker):

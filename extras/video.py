@@ -22,6 +22,7 @@ from PIL import Image
 
 from data import BROKEN_PICTURE, DatasetError, read_picture
 from extras.cli import UsageError
+from extras.packages import import_package
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 ANIMATION_FORMATS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}
@@ -66,10 +67,7 @@ def open_clip(path, rate=None):
 
 def import_av():
     """-> PyAV. Raises UsageError where it is not installed."""
-    try:
-        import av
-    except ImportError:
-        raise UsageError("videos need PyAV: pip install av") from None
+    av = import_package("av", "videos need PyAV,")
     av.logging.set_level(av.logging.PANIC)                        # we say what is broken ourselves
     return av
 

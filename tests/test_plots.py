@@ -87,7 +87,8 @@ def test_figures_are_not_written_through_links(tmp_path):
 
 
 def test_absent_matplotlib_is_a_sentence(folder, checkpoint, tmp_path):
-    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    absent = "raise ModuleNotFoundError(name='matplotlib')"
+    (tmp_path / "matplotlib.py").write_text(absent)
     output = command("eval.py", checkpoint, "--data", folder, "--plot", tmp_path / "f", code=2,
                      env={"PYTHONPATH": str(tmp_path)})
     assert "pip install matplotlib" in output

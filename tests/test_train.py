@@ -351,7 +351,8 @@ def test_tensorboard_gets_every_step_and_a_picture(tmp_path, folder):
     assert [event.step for event in events.Images("val")] == [2, 3]
 
     # without the package
-    (tmp_path / "tensorboard.py").write_text("raise ImportError")
+    absent = "raise ModuleNotFoundError(name='tensorboard')"
+    (tmp_path / "tensorboard.py").write_text(absent)
     flags = ("--data", folder, "--tensorboard", "--out", tmp_path / "no", *SMALL)
     output = command("train.py", *flags, code=2, env={"PYTHONPATH": str(tmp_path)})
     assert "pip install tensorboard" in output

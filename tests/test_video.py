@@ -141,11 +141,12 @@ def test_what_is_no_video_is_said(checkpoint, tmp_path):
 
 
 def test_absent_pyav_is_a_sentence(checkpoint, tmp_path):
-    (tmp_path / "av.py").write_text("raise ImportError")
+    absent = "raise ModuleNotFoundError(name='av')"
+    (tmp_path / "av.py").write_text(absent)
     (tmp_path / "x.mp4").write_text("-")
     output = command("-m", "extras.predict", checkpoint, tmp_path / "x.mp4", "--out",
                      tmp_path / "o", code=2, env={"PYTHONPATH": f"{tmp_path}:."})
-    assert "videos need PyAV: pip install av" in output
+    assert "videos need PyAV, the package av: pip install av" in output
 
 
 # ---------------------------------------------------------------- animations
