@@ -177,7 +177,7 @@ if [[ $schedule == rates || $schedule == registered ]]; then
     esac
   }
 
-  steps_of() {  # ROW: for how many steps it is trained, there and here
+  steps_of() {  # ROW: its steps, the same in `rates` and in `registered`
     case $1 in
       b0-dyt-as-long)           matched_steps b0-dyt-fd ;;
       b0-dyt-as-long-as-both)   matched_steps b0-dyt-fd --and results/camvid-registered/teacher/0 ;;
@@ -216,7 +216,7 @@ if [[ $schedule == registered ]]; then
     python -m extras.registered best results/camvid-rates "$@"
   }
 
-  chosen_row() {  # NAME STEPS BEST FLAGS: a row as BEST, a row with its rate, and more flags
+  chosen_row() {  # NAME STEPS BEST FLAGS: run NAME as BEST, a ROW-lrRATE, and with FLAGS
     local name=$1 steps=$2 best=$3
     shift 3
     run "$name" "$steps" $(flags_of "${best%-lr*}") "${WON[@]}" --lr "${best##*-lr}" "$@"

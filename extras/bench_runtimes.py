@@ -79,10 +79,14 @@ def settings_here():
     """-> the SETTINGS that this machine has packages and units for; says which it has not."""
     here = []
     for runtime, packages in PACKAGES.items():
-        faults = {name: fault_of(name) for name in packages}
-        absent = [name for name, fault in faults.items() if fault == ABSENT]
-        broken = [f"{name} is there but broken ({fault})"
-                  for name, fault in faults.items() if fault not in (None, ABSENT)]
+        absent = []
+        broken = []
+        for name in packages:
+            fault = fault_of(name)
+            if fault == ABSENT:
+                absent.append(name)
+            elif fault is not None:
+                broken.append(f"{name} is there but broken ({fault})")
         if broken:
             print(f"{runtime}: not measured, {printable('; '.join(broken), LONGEST)}")
             continue

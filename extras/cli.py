@@ -103,6 +103,7 @@ def report(error):
         print(f"error: the memory is too small ({first_line_of_allocator(error)}): a smaller "
               "--batch-size, --crop or --size needs less", file=sys.stderr)
         return 2
+    # torch's kernels for 16 bits ask what the CPU has, and find out only then that /proc is absent.
     if isinstance(error, RuntimeError) and "cpuinfo" in str(error):
         print(f"error: torch cannot tell what this CPU has ({sentence_of(error)}): see to it that "
               "/proc is mounted", file=sys.stderr)

@@ -53,7 +53,7 @@ class Options:
 class Candidate:
     """What is measured, in the setting in which it is measured."""
     make: Callable              # make() -> run, and run() is timed
-    keep_memory: bool = True    # extras.machine.keep_freed_memory, as train.py and eval.py
+    keep_memory: bool = True    # extras.machine.keep_freed_memory, as train.py and eval.py do
     clock: str = "wall"         # one of CLOCKS
 
 

@@ -108,8 +108,8 @@ def closed_set(name="closed-set"):
 
 def student_table(rows):
     """{title: [scores]} -> the table of masks and presence in one line each."""
-    head = ["", "seeds", "mIoU, gated", "ungated", "argmax", "F1", "MCC", "selectivity", "cgF1",
-            "agreement"]
+    head = ["", "seeds", "mIoU, gated", "ungated", "argmax", "F1", "MCC", "sensitivity",
+            "the truth's", "selectivity", "cgF1", "agreement"]
     columns = [
         lambda found: str(len(found)),
         lambda found: both(found, "miou"),
@@ -117,6 +117,8 @@ def student_table(rows):
         lambda found: both(found, "argmax"),
         lambda found: cell(found, "f1"),
         lambda found: cell(found, "mcc"),
+        lambda found: cell(found, "sensitivity"),
+        lambda found: cell(found, "sensitivity_truth"),
         lambda found: cell(found, "selectivity"),
         lambda found: cell(found, "cgf1", "{:.1f}"),
         lambda found: cell(found, "agreement"),

@@ -91,9 +91,10 @@ def merge_resumed_flags(no_flags, state, given):
                              "that would be another experiment; leave it out, or start a new run")
     for name in TEACHERS:
         if stored.get(name) and knows_teacher and not os.path.exists(merged[name]):
+            words = name.replace("_", " ")
             flag = name.replace("_", "-")
-            raise UsageError(f"the run's {flag.replace('-', ' ')} is not at {merged[name]} any "
-                             f"more: add --{flag} FILE to say where it is now")
+            raise UsageError(f"the run's {words} is not at {merged[name]} any more: "
+                             f"add --{flag} FILE to say where it is now")
     return merged
 
 
