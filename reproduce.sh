@@ -8,6 +8,7 @@
 #   DATA=camvid:DIR ./reproduce.sh levers             what the baseline gains by, scored on val only
 #   DATA=camvid:DIR ./reproduce.sh rates              each row's learning rate, scored on val only
 #   DATA=camvid:DIR ./reproduce.sh registered         the study that docs/RESULTS.md registered
+#   DATA=camvid:DIR STUDY=small ./reproduce.sh rates  the small one of it, in fp32; and registered
 #   python -m extras.paper_tables --figures           the tables and figures of what is there
 #
 # Before it may stand
@@ -22,8 +23,9 @@
 #
 # A row trains in runs/camvid-SCHEDULE/ROW-SEED (weights) and leaves log, recipe and scores in
 # results/camvid-SCHEDULE/ROW/SEED, in place of those of ours that are there: git diff shows how
-# yours differ. Nothing is selected: the last checkpoint is scored, once, on the 233 test frames
-# (in the study: on the held-out fold; levers and rates: on val).
+# yours differ. With STUDY=small it is camvid-small-SCHEDULE. Nothing is selected: the last
+# checkpoint is scored, once, on the 233 test frames (in the study: on the held-out fold; levers and
+# rates: on val).
 set -euo pipefail
 case ${1:-} in
   short)
@@ -49,6 +51,11 @@ case ${1:-} in
     [[ $1 == registered ]] && seeds="0 1 2"
     seeds=${SEEDS:-$seeds}
     AMP=${AMP:-bf16}
+    if [[ ${STUDY:-} == small ]]; then
+      medium=1000 long=1000
+      every=4
+      AMP=off
+    fi
     ;;
   *)
     sed -n '2,/^set/{/^#/p}' "$0"
@@ -60,6 +67,15 @@ if [[ -n ${STEPS:-} ]]; then
   every=1
 fi
 schedule=$1
+prefix=camvid
+if [[ -n ${STUDY:-} ]]; then
+  if [[ $STUDY != small || ($schedule != rates && $schedule != registered) ]]; then
+    echo "error: STUDY is small or nothing, and is for rates and registered" >&2
+    exit 2
+  fi
+  prefix=camvid-small
+fi
+table=$prefix-$schedule                  # the folder in runs/ and results/
 shift
 wanted=" $* "
 : "${DATA:?say where CamVid is: DATA=camvid:DIR $0 $schedule}"
@@ -84,12 +100,12 @@ run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
   local name=$1 steps=$2 seed
   shift 2
   for seed in $seeds; do
-    local run=runs/camvid-$schedule/$name-$seed
-    local out=results/camvid-$schedule/$name/$seed
+    local run=runs/$table/$name-$seed
+    local out=results/$table/$name/$seed
     if cmp -s "$run/scores.csv" "$out/scores.csv"; then
       continue                          # the results are of the run that is here
     fi
-    if [[ " $* " =~ " --teacher runs/camvid-$schedule/"([^/]+)-[0-9]+/ ]]; then
+    if [[ " $* " =~ " --teacher runs/$table/"([^/]+)-[0-9]+/ ]]; then
       local teacher_flags
       if teacher_flags=$(grep "^${BASH_REMATCH[1]} " <<<"$teachers"); then
         seeds=${TEACHER:-0} run $teacher_flags
@@ -152,12 +168,17 @@ fi
 #   levers;  rates b2 b2-dyt;  registered teacher second-teacher;  rates;  registered
 if [[ $schedule == rates || $schedule == registered ]]; then
   WON=(--augment plain --crop 360 480 --fit-log)          # the best of the levers on val so far
-  teacher_file=runs/camvid-registered/teacher-0/last.pth
-  second_teacher_file=runs/camvid-registered/teacher-1/last.pth
+  kept=                                 # where a teacher's answers are kept
+  if [[ $prefix == camvid-small ]]; then
+    WON=(--augment plain --crop 192 256 --fit-log)
+    kept="--teacher-cache runs/$prefix-answers"
+  fi
+  teacher_file=runs/$prefix-registered/teacher-0/last.pth
+  second_teacher_file=runs/$prefix-registered/teacher-1/last.pth
 
   flags_of() {  # ROW: what makes it this row, but for its learning rate
     local dyt="--student b0 --norm dyt"
-    local taught="--teacher $teacher_file --lambda-fd 0 --lambda-pe 0"
+    local taught="--teacher $teacher_file $kept --lambda-fd 0 --lambda-pe 0"
     case $1 in
       b2)              echo "--student b2" ;;
       b2-dyt)          echo "--student b2 --norm dyt" ;;
@@ -180,7 +201,7 @@ if [[ $schedule == rates || $schedule == registered ]]; then
   steps_of() {  # ROW: its steps, the same in `rates` and in `registered`
     case $1 in
       b0-dyt-as-long)           matched_steps b0-dyt-fd ;;
-      b0-dyt-as-long-as-both)   matched_steps b0-dyt-fd --and results/camvid-registered/teacher/0 ;;
+      b0-dyt-as-long-as-both)   matched_steps b0-dyt-fd --and results/$prefix-registered/teacher/0 ;;
       b0 | b0-dyt | b0-fd | b0-dyt-fd)  echo "$long" ;;
       *)                        echo "$medium" ;;
     esac
@@ -191,7 +212,11 @@ if [[ $schedule == rates || $schedule == registered ]]; then
       echo "$STEPS"
       return
     fi
-    python -m extras.registered steps results/camvid-rates b0-dyt "$@"
+    if [[ $prefix == camvid-small && $* == b0-dyt-fd ]]; then
+      echo 1325                         # timed alone, with the teacher's pass: docs/RESULTS.md
+      return
+    fi
+    python -m extras.registered steps results/$prefix-rates b0-dyt "$@"
   }
 
   ROWS=(b0 b0-dyt b0-fd b0-dyt-fd b0-dyt-as-long b0-dyt-as-long-as-both)
@@ -213,7 +238,15 @@ fi
 
 if [[ $schedule == registered ]]; then
   best_of() {  # ROW...: "ROW-lrRATE", the best on val
-    python -m extras.registered best results/camvid-rates "$@"
+    python -m extras.registered best results/$prefix-rates "$@"
+  }
+
+  best_teacher() {
+    if [[ $prefix == camvid-small ]]; then
+      echo b2-dyt-lr1.2e-3              # not searched: a run of it takes an hour
+    else
+      best_of b2 b2-dyt
+    fi
   }
 
   chosen_row() {  # NAME STEPS BEST FLAGS: run NAME as BEST, a ROW-lrRATE, and with FLAGS
@@ -223,19 +256,19 @@ if [[ $schedule == registered ]]; then
   }
 
   take_over() {  # ROW STEPS BEST: seed 0 at this rate was trained already, to find the rate
-    local from=runs/camvid-rates/$3-0 to=runs/camvid-registered/$1-0
+    local from=runs/$prefix-rates/$3-0 to=runs/$prefix-registered/$1-0
     if [[ -e $from/last.pth && ! -e $to && $(tail -n1 "$from/log.csv") == "$2,"* ]]; then
-      mkdir -p runs/camvid-registered
+      mkdir -p runs/$prefix-registered
       cp -r "$from" "$to"
     fi
   }
 
   if is_wanted teacher; then
-    best=$(best_of b2 b2-dyt)
+    best=$(best_teacher)
     seeds=0 chosen_row teacher "$long" "$best"
   fi
   if is_wanted second-teacher; then
-    best=$(best_of b2 b2-dyt)
+    best=$(best_teacher)
     seeds=1 chosen_row teacher "$long" "$best"
   fi
   for name in "${ROWS[@]}"; do
@@ -261,7 +294,7 @@ if [[ $schedule == registered ]]; then
     for seed in ${SEEDS:-0 1}; do
       seeds=$seed chosen_row features-only $((medium / 2)) "$features" --loss none
       seeds=$seed chosen_row b0-dyt-features-first $((medium / 2)) "$labels" \
-        --init "runs/camvid-registered/features-only-$seed/last.pth"
+        --init "runs/$prefix-registered/features-only-$seed/last.pth"
     done
   fi
 
@@ -269,29 +302,29 @@ if [[ $schedule == registered ]]; then
   # teacher teaches on all frames
   for share in 0.25 0.5; do
     if is_wanted "few-$share"; then
-      best=$(best_of b2 b2-dyt)
+      best=$(best_teacher)
       seeds=0 chosen_row "few-$share-teacher" "$long" "$best" --labelled "$share"
       best=$(best_of b0-dyt)
       chosen_row "few-$share-alone" "$long" "$best" --labelled "$share"
       best=$(best_of b0-dyt-fd)
       chosen_row "few-$share-taught" "$long" "$best" --labelled "$share" --lambda-kl 1 \
-        --teacher "runs/camvid-registered/few-$share-teacher-0/last.pth"
+        --teacher "runs/$prefix-registered/few-$share-teacher-0/last.pth"
     fi
   done
 
   # The record: b0-dyt-fd on train, which is there, and on train and val
   if is_wanted record; then
-    best=$(best_of b2 b2-dyt)
+    best=$(best_teacher)
     seeds=0 chosen_row record-teacher "$long" "$best" --with-val
     best=$(best_of b0-dyt-fd)
     chosen_row record "$long" "$best" --with-val \
-      --teacher runs/camvid-registered/record-teacher-0/last.pth
+      --teacher runs/$prefix-registered/record-teacher-0/last.pth
   fi
   exit
 fi
 
 # The paper's Table 2, on the official split
-T=(--student b0 --teacher "runs/camvid-$schedule/b2-${TEACHER:-0}/last.pth")
+T=(--student b0 --teacher "runs/$table/b2-${TEACHER:-0}/last.pth")
 teacher_row b2  "$teacher" --student b2
 row b0          "$student" --student b0
 row b0-dyt      "$student" --student b0 --norm dyt
@@ -327,7 +360,7 @@ row b0-kd-tuned      "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 1 --lr 2.4e-3
 row b0-dyt-tuned     "$long" --student b0 --norm dyt --lr 1.2e-3
 row b0-dyt-fd-tuned  "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 2.4e-3
 teacher_row b2-tuned "$teacher" --student b2 --norm dyt --lr 1.2e-3
-T=(--student b0 --teacher "runs/camvid-$schedule/b2-tuned-${TEACHER:-0}/last.pth")
+T=(--student b0 --teacher "runs/$table/b2-tuned-${TEACHER:-0}/last.pth")
 row b0-dyt-fd-b2-tuned "$long" "${T[@]}" --lambda-fd 1 --lambda-pe 0 --norm dyt --lr 2.4e-3
 
 # The CamVid KL study: 2 folds, by whole drives and, to show the leak, by shuffled frames
@@ -335,7 +368,7 @@ every=$((every > 2 ? every / 2 : 1))    # the held-out fold is half of CamVid: l
 for by in drive shuffle; do
   for fold in 0 1; do
     F=(--fold "$fold" --fold-by "$by")
-    T=(--student b0 --teacher "runs/camvid-$schedule/study-$by-$fold-b2-${TEACHER:-0}/last.pth"
+    T=(--student b0 --teacher "runs/$table/study-$by-$fold-b2-${TEACHER:-0}/last.pth"
        --lambda-fd 0 --lambda-pe 0 --temperature 4)
     teacher_row "study-$by-$fold-b2"      "$study_teacher" --student b2 "${F[@]}"
     seeds=0 row "study-$by-$fold-b0"      "$study" --student b0 "${F[@]}"

@@ -107,6 +107,7 @@ from extras.stopping import (
     start_workers,
     stopped,
 )
+from extras.teacher_cache import TeacherCache
 from extras.teacher_ensemble import TeacherEnsemble
 from extras.train_flags import NOT_NEGATIVE, POSITIVE, TrainFlags
 from extras.trained_parameters import check_gradients, check_owned
@@ -395,6 +396,7 @@ class Run:
     parallel: nn.Module                                # the objective; under torchrun, inside DDP
     task: Task
     average: WeightAverage | None = None               # of the student's weights, with --ema
+    teacher_cache: TeacherCache | None = None          # what the teacher said, with --teacher-cache
     train_set: object = None
     unlabelled_set: object = None                      # frames that only the teacher labels
     val_set: object = None
@@ -415,6 +417,12 @@ class Run:
     def network(self):
         """What is scored and kept: the student, or with --ema the average of its weights."""
         return self.student if self.average is None else self.average.model
+
+    def ask_teacher(self, images):
+        """-> what the losses read of the teacher's Features, or None without one."""
+        if self.teacher_cache is not None:
+            return self.teacher_cache.ask(images)
+        return self.objective.ask_teacher(self.teacher, images)
 
     def autocast(self):
         """Mixed precision as --amp says; nothing when it is off."""
@@ -447,7 +455,7 @@ def train_step(run, images, labels):
             with run.autocast():
                 # The teacher's maps get no name here, so that they go while the losses' gradients
                 # are computed.
-                terms = run.parallel(image, label, objective.ask_teacher(run.teacher, image))
+                terms = run.parallel(image, label, run.ask_teacher(image))
             # From a mean over this micro-batch to its share of the mean over the whole batch.
             terms = torch.stack(list(terms.values()))                   # (terms,)
             terms = terms * denominators[i] / total                     # (terms,)
@@ -479,7 +487,7 @@ def find_nonfinite_terms(run, micro_batches):
     found = {}
     for image, label in micro_batches:
         with run.autocast():
-            target = run.objective.ask_teacher(run.teacher, image)
+            target = run.ask_teacher(image)
             terms = run.objective(image, label, target)
         for name, value in terms.items():
             if not value.isfinite():
@@ -674,7 +682,7 @@ def prepare(args, given, lock, task=None):
         go_on_from(state, run)
         del saved, state                               # their tensors need not stay in memory
     open_run_folder(run, lock)
-    score_teacher(run)
+    open_teacher(run)
     if args.compile:
         compile_networks(run)
     run.batches = start_workers(make_loader(run))
@@ -696,6 +704,23 @@ def make_run(args, device, student, teacher, objective, task):
     run = Run(args, device, objective, teacher, optimizer, scaler, objective, task)
     run.average = average
     return run
+
+
+def open_teacher(run):
+    """Score the teacher, and open the folder that keeps what it says, if there is one."""
+    score_teacher(run)
+    args, objective = run.args, run.objective
+    if not args.teacher_cache:
+        return
+    frames = len(run.train_set)
+    if run.unlabelled_set is not None:
+        frames += len(run.unlabelled_set)
+    run.teacher_cache = TeacherCache(
+        args.teacher_cache,
+        ask=lambda images: objective.ask_teacher(run.teacher, images),
+        parts=objective.teacher_parts - {None},
+        identity=[run.progress["origin"]["teacher"], args.flip_teacher, args.amp],
+        images=2 * frames)                             # each frame, and its mirror image
 
 
 def make_networks(args, train_set, device, resumed):

@@ -22,7 +22,7 @@ DATASET_DEFAULTS["toy"] = DATASET_DEFAULTS["toy"] | {"lr": 2.4e-3}
 
 # What the loop reads of train.py's flags and cannot be chosen here.
 FIXED = {"accum": 1, "compile": False, "fit_log": False, "labelled": None, "with_val": False,
-         "second_teacher": None, "flip_teacher": False}
+         "second_teacher": None, "flip_teacher": False, "teacher_cache": None}
 
 
 class PromptFlags(TrainFlags):

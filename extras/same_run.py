@@ -24,7 +24,7 @@ from model import layer_norms
 MAY_CHANGE = ("out", "resume", "iters", "workers", "device", "eval_every", "tensorboard", "cache",
               "compile")
 TEACHERS = ("teacher", "second_teacher")
-PATHS = ("init", *TEACHERS, "cache")                   # and --data's folder
+PATHS = ("init", *TEACHERS, "teacher_cache", "cache")                   # and --data's folder
 SPLITS = ("train", "unlabelled", "val")
 HASHED = 24                                            # hexadecimal digits that are kept
 
@@ -74,14 +74,16 @@ def merge_resumed_flags(no_flags, state, given):
     """The flags of a run that goes on, each a dict {name: value}.
 
     no_flags: every flag, None (an older run lacks newer ones); state: of the run's last.pth; given:
-    those given now, of which only MAY_CHANGE may differ, and the teacher's path where its content
-    is known. Raises UsageError.
+    those given now, of which only MAY_CHANGE may differ, the teacher's path where its content is
+    known, and the folder of a teacher's answers where there is one. Raises UsageError.
     """
     stored = absolute_paths(state["args"])
     knows_teacher = bool((state.get("origin") or {}).get("teacher"))
     merged = no_flags | stored
     for name, value in absolute_paths(given).items():
-        if name in MAY_CHANGE or (name in TEACHERS and stored.get(name) and knows_teacher):
+        is_moved_teacher = name in TEACHERS and stored.get(name) and knows_teacher
+        is_moved_cache = name == "teacher_cache" and stored.get(name)
+        if name in MAY_CHANGE or is_moved_teacher or is_moved_cache:
             merged[name] = value
         elif name == "amp" and value == "auto":
             continue

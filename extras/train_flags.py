@@ -146,6 +146,12 @@ class TrainFlags:
         """
         if args.second_teacher or args.flip_teacher:
             self.check_ensemble(args)
+        if args.teacher_cache and not args.teacher:
+            raise UsageError("--teacher-cache needs a --teacher")
+        if args.teacher_cache and args.augment != "plain":
+            raise UsageError("--teacher-cache keeps what the teacher says of each image, and with "
+                             f"--augment {args.augment} none comes twice: add --augment plain, or "
+                             "leave it out")
         if args.loss != "none":
             return
         for term in self.distillation_terms:
@@ -182,6 +188,7 @@ class TrainFlags:
             "class_weights": args.loss == "none",
             "cache": args.data == "toy",
             "teacher": not distils,
+            "teacher_cache": not distils,
         }
         for term in self.distillation_terms:
             for option in term.options:
@@ -230,6 +237,9 @@ class TrainFlags:
         add("--second-teacher", "another one: losses on logits then learn from the mean of both",
             metavar="FILE")
         add_switch("--flip-teacher", "and from what a teacher says of the mirror image")
+        add("--teacher-cache", "keep what the teacher says of each frame and its mirror image "
+            "there, and ask it once; for --augment plain (default: ask in every step)",
+            metavar="DIR")
         add("--accum", "forward passes of a step; its batch is batch-size x accum x processes",
             type=POSITIVE_INTEGER)
         add("--loss", "supervision: wce is eq. 3, dice-focal eq. 14, wce-dice eq. 3 plus Dice, "

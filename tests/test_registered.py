@@ -121,6 +121,24 @@ def test_the_baseline_is_trained_for_as_long_as_the_distilled_run(dry):
         assert {c[c.index("--iters") + 1] for c in commands} == {steps}
 
 
+def test_the_small_study_is_in_fp32_with_kept_answers_and_in_folders_of_its_own(dry, tmp_path):
+    small = {"STUDY": "small"}
+    assert [out_of(c) for c in dry("registered", "teacher", **small)] == ["teacher-0"]
+    rates = dry("rates", "b0-dyt-fd", "b0-dyt-as-long", **small)
+    rows = dry("registered", "b0-dyt-fd", "b0-dyt-as-long", **small)
+    assert len(rates) == 8 and len(rows) == 6
+    for command in rates + [command for command in rows if "--resume" not in command]:
+        args, _ = train.FLAGS.parse(command[1:])
+        assert args.amp == "off" and args.crop == [192, 256] and args.augment == "plain"
+        assert "runs/camvid-small-" in args.out
+        assert args.iters == (1325 if "as-long" in args.out else 1000)
+        assert bool(args.teacher_cache) == bool(args.teacher) == ("dyt-fd" in args.out)
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "camvid-small-rates", "camvid-small-registered"]
+    dry("levers", code=2, **small)
+    dry("rates", code=2, STUDY="large")
+
+
 def test_a_row_without_its_rates_is_not_trained(dry):
     assert dry("registered", "b0", code=1) == []       # of the tests' python, which knows 0 and 1
 
