@@ -13,22 +13,28 @@ seed; which plain B0 a row is held against is said at `baseline`, and below the 
 """
 
 import argparse
-import csv
-import json
-import math
 import re
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
 from extras.cli import UsageError, run_command
 from extras.lever_table import lever_rows
 from extras.outputs import write_text
+from extras.registered_tables import outcome_table, rate_table, row_table
+from extras.result_rows import (
+    difference,
+    difference_table,
+    read_json,
+    read_row,
+    shared_seeds,
+    steps,
+)
 from extras.score_table import markdown, spread
 
 RESULTS = Path("docs/RESULTS.md")
 README = Path("README.md")
 BENCH = Path("results/bench/cpu-2-threads.json")
+SMALL = "camvid-small"                                            # the small registered study
 
 # Row of reproduce.sh: (its title, its network in bench.py, None if that one was not timed).
 ROWS = {
@@ -95,7 +101,6 @@ PAIRS = (
     ("b0-dyt-fd-long", "b0-dyt-long"),
     ("b0-dyt-fd-tuned", "b0-dyt-tuned"),
 )
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                  # Student's t of n differences
 
 STUDY = {"b0": "B0", "kl-1.0": "KL, w = 1.0", "kl-0.5": "KL, w = 0.5", "b2": "B2, the teacher"}
 STUDY_FOLDS = {"drive": "folds of whole drives", "shuffle": "folds of shuffled frames, which leak"}
@@ -103,83 +108,7 @@ STUDY_FOLDS = {"drive": "folds of whole drives", "shuffle": "folds of shuffled f
 FIGURES = ("b0", "b0-kd", "b0-df", "b0-dyt")                      # the paper's four
 
 
-# ---------------------------------------------------------------- what reproduce.sh left
-
-@dataclass
-class Run:
-    """One seed of a row. Scores are fractions."""
-    folder: Path
-    recipe: dict
-    full: dict                                                    # on test, full resolution
-    quarter: dict | None                                          # on test, by the paper's protocol
-    val: float                                                    # mIoU on val, last checkpoint
-
-    @property
-    def seed(self):
-        return self.recipe["seed"]
-
-
-def read_json(path):
-    return json.loads(path.read_text())
-
-
-def read_scores(path):
-    """The scores of the one checkpoint in a file of eval.py --json."""
-    return read_json(path)["checkpoints"][0]
-
-
-def read_row(folder, has_quarter=True):
-    """-> [Run], one a seed, in the order of the seeds; [] for a row that was not run."""
-    runs = []
-    finished = folder.glob("*/scores.csv")                        # reproduce.sh writes it last
-    for seed in sorted(path.parent for path in finished):
-        validations = list(csv.DictReader((seed / "scores.csv").read_text().splitlines()))
-        runs.append(Run(
-            folder=seed,
-            recipe=read_json(seed / "recipe.json"),
-            full=read_scores(seed / "test.json"),
-            quarter=read_scores(seed / "quarter.json") if has_quarter else None,
-            val=float(validations[-1]["miou"]),
-        ))
-    return runs
-
-
 # ---------------------------------------------------------------- numbers
-
-def differences(runs, base):
-    """{seed: runs - base in mIoU}, over the seeds that both have."""
-    base_miou = {run.seed: run.full["miou"] for run in base}
-    shared = [run for run in runs if run.seed in base_miou]
-    return {run.seed: run.full["miou"] - base_miou[run.seed] for run in shared}
-
-
-def difference(runs, base):
-    """Percent of mIoU: runs - base, over the seeds that both have; "" if there is none."""
-    pairs = differences(runs, base).values()
-    return spread(pairs, "+") if pairs else ""
-
-
-def interval(values):
-    """Percent: the 95 % interval of a mean by Student's t; "-" of one value."""
-    values = [100 * value for value in values]
-    if len(values) not in T_95:
-        return "-"
-    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.mean(values)
-    return f"{mean - half:+.2f} to {mean + half:+.2f}"
-
-
-def steps(runs):
-    return runs[0].recipe["iters"]
-
-
-def shared_seeds(rows):
-    """The seeds that all of `rows`, lists of runs, have."""
-    seeds = {run.seed for run in rows[0]}
-    for runs in rows[1:]:
-        seeds &= {run.seed for run in runs}
-    return seeds
-
 
 def val_miou(found, names):
     """-> {name: [mIoU on val]} over the seeds that all of `names` have, or over all if none is."""
@@ -352,19 +281,8 @@ def speed_cells(timed):
 
 def intervals(folder):
     """The differences of PAIRS, seed by seed, with their interval -> markdown."""
-    rows = []
-    for name, base in PAIRS:
-        pairs = differences(read_row(folder / name), read_row(folder / base))
-        if not pairs:
-            continue
-        rows.append([
-            f"{ROWS[name][0]}, against {ROWS[base][0]}",
-            ", ".join(str(seed) for seed in pairs),
-            ", ".join(f"{100 * value:+.2f}" for value in pairs.values()),
-            f"{100 * statistics.mean(pairs.values()):+.2f}",
-            interval(pairs.values()),
-        ])
-    return markdown(["", "seeds", "differences", "mean", "95 % interval"], rows)
+    titles = {name: title for name, (title, _) in ROWS.items()}
+    return difference_table(folder, PAIRS, titles)
 
 
 def rates(folder):
@@ -454,6 +372,18 @@ def levers(folder):
     return markdown(head, lever_rows(folder.parent / "camvid-levers"))
 
 
+def small_rates(folder):
+    return rate_table(folder.parent, SMALL)
+
+
+def small_rows(folder):
+    return row_table(folder.parent, SMALL)
+
+
+def small_outcome(folder):
+    return outcome_table(folder.parent, SMALL)
+
+
 # ---------------------------------------------------------------- into the files
 
 TABLES = (
@@ -462,6 +392,9 @@ TABLES = (
     (RESULTS, "rates", rates),
     (RESULTS, "study", study),
     (RESULTS, "levers", levers),
+    (RESULTS, "small rates", small_rates),
+    (RESULTS, "small rows", small_rows),
+    (RESULTS, "small outcome", small_outcome),
     (README, "summary", summary),
 )
 

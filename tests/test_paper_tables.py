@@ -30,6 +30,12 @@ between
 <!-- end -->
 <!-- levers: made -->
 <!-- end -->
+<!-- small rates: made -->
+<!-- end -->
+<!-- small rows: made -->
+<!-- end -->
+<!-- small outcome: made -->
+<!-- end -->
 after
 """
 

@@ -1,0 +1,76 @@
+"""The tables of a registered study: every number from the files, the rate that was chosen, the
+interval of a difference by hand.
+"""
+
+import json
+import math
+import re
+import statistics
+
+from test_paper_tables import leave
+
+from conftest import ROOT
+from extras import registered_tables as tables
+
+STUDY = "camvid-small"
+
+
+def leave_rate(results, row, rate, val):
+    folder = results / f"{STUDY}-rates" / f"{row}-lr{rate}" / "0"
+    folder.mkdir(parents=True)
+    (folder / "scores.csv").write_text(f"step,miou\n1,0.9\n2,{val}\n")
+    (folder / "recipe.json").write_text(json.dumps({"iters": 2}))
+
+
+def test_the_chosen_rate_is_the_best_on_val(tmp_path):
+    leave_rate(tmp_path, "b0-dyt-fd", "6e-4", 0.31)
+    leave_rate(tmp_path, "b0-dyt-fd", "2.4e-3", 0.35)
+    leave_rate(tmp_path, "b0-dyt", "1.2e-3", 0.32)
+    leave_rate(tmp_path, "b0-dyt-as-long", "6e-4", 0.30)
+    lines = tables.rate_table(tmp_path, STUDY).splitlines()
+    assert lines[0] == "| learning rate | 6e-4 | 1.2e-3 | 2.4e-3 |"
+    assert lines[2:] == [
+        "| B0 + DyT | - | **32.00** | - |",
+        "| B0 + DyT + CSKD | 31.00 | - | **35.00** |",
+        "| B0 + DyT, for as long as with CSKD | **30.00** | - | - |",
+    ]
+
+
+def test_rows_and_outcome_are_of_the_seeds_that_are_there(tmp_path):
+    runs = tmp_path / f"{STUDY}-registered"
+    taught = {0: 0.40, 1: 0.42, 2: 0.43}
+    alone = {0: 0.39, 1: 0.40, 2: 0.42}
+    for seed in taught:
+        leave(runs / "b0-dyt-fd", taught[seed], seed, val=0.5, lr=2.4e-3, iters=1000)
+        leave(runs / "b0-dyt-as-long", alone[seed], seed, val=0.4, lr=1.2e-3, iters=1325)
+    leave(runs / "b0-dyt", 0.41, 1)
+    rows = tables.row_table(tmp_path, STUDY).splitlines()[2:]
+    assert rows[0].startswith("| B0 + DyT | 6e-4 | 10 | 1 | 41.00 |")
+    sd = statistics.stdev([40, 42, 43])
+    assert rows[1].startswith(f"| B0 + DyT + CSKD | 2.4e-3 | 1,000 | 3 | 41.67 +- {sd:.2f} |")
+    assert rows[2].startswith("| B0 + DyT, for as long as with CSKD | 1.2e-3 | 1,325 | 3 | ")
+    assert len(rows) == 3
+
+    differences = [1.0, 2.0, 1.0]
+    mean = statistics.mean(differences)
+    half = 4.303 * statistics.stdev(differences) / math.sqrt(3)
+    outcome = tables.outcome_table(tmp_path, STUDY).splitlines()[2:]
+    assert outcome[0] == (
+        "| B0 + DyT + CSKD, against B0 + DyT, for as long as with CSKD | 0, 1, 2 "
+        f"| +1.00, +2.00, +1.00 | +1.33 | {mean - half:+.2f} to {mean + half:+.2f} |")
+    assert outcome[1] == "| B0 + DyT + CSKD, against B0 + DyT | 1 | +1.00 | +1.00 | - |"
+    assert len(outcome) == 2
+
+
+def test_nothing_that_was_not_run_is_in_a_table(tmp_path):
+    for make in (tables.rate_table, tables.row_table, tables.outcome_table):
+        assert len(make(tmp_path, STUDY).splitlines()) == 2       # the head alone
+
+
+def test_every_row_of_the_study_has_its_title():
+    script = (ROOT / "reproduce.sh").read_text()
+    rows = re.search(r"^  ROWS=\((.*)\)", script, re.MULTILINE)[1].split()
+    secondary = re.search(r"^  SECONDARY=\((.*)\)", script, re.MULTILINE)[1].split()
+    assert set(rows + secondary) <= set(tables.ROWS)
+    for name, base in tables.PAIRS:
+        assert {name, base} <= set(tables.ROWS)
