@@ -5,15 +5,16 @@
     python bench.py peer                      # the same weights in Hugging Face transformers
     python bench.py step                      # a distillation step B2 -> B0, against transformers
     python bench.py losses                    # each loss against its plain version
+    python bench.py teacher                   # what a teacher costs a step, asked or kept
     python bench.py data [--data camvid:DIR]  # reading frames, decoded each time or from the cache
     python bench.py runtimes                  # PyTorch, ONNX Runtime, OpenVINO; fp32, bf16, int8
     python bench.py student.pth --size 512 1024         # one network, or one .onnx file, here
     python bench.py model peer step --compile --json bench.json
 
-The first two stand here, the others in extras/bench_transformers.py, bench_losses.py,
-bench_data.py, bench_runtimes.py and bench_file.py. What is compared takes turns, each in a process
-of its own and in the same setting on both sides: look at the ratios, and at how far they spread
-over the rounds (extras/measure.py).
+The first two stand here, the others in extras/bench_transformers.py, bench_teacher.py,
+bench_losses.py, bench_data.py, bench_runtimes.py and bench_file.py. What is compared takes turns,
+each in a process of its own and in the same setting on both sides: look at the ratios, and at how
+far they spread over the rounds (extras/measure.py).
 """
 
 if __name__ == "__main__":
@@ -218,7 +219,7 @@ def print_scaling(rows):
 
 # ---------------------------------------------------------------- the command
 
-SUBJECTS = ("model", "scaling", "peer", "step", "losses", "data", "runtimes")
+SUBJECTS = ("model", "scaling", "peer", "step", "teacher", "losses", "data", "runtimes")
 DEFAULT_SIZE = (512, 1024)                                        # the paper's
 
 
@@ -234,6 +235,9 @@ def run_subject(name, options):
     if name == "step":
         from extras.bench_transformers import bench_step
         return bench_step(options)
+    if name == "teacher":
+        from extras.bench_teacher import bench_teacher
+        return bench_teacher(options)
     if name == "losses":
         from extras.bench_losses import bench_losses
         return bench_losses(options)
@@ -257,15 +261,17 @@ def build_parser():
     parser.add_argument("--classes", type=number(int, 1), default=19,
                         help="outputs of the networks (default 19, Cityscapes'; CamVid has 11)")
     parser.add_argument("--batch", type=number(int, 1), default=1,
-                        help="images per forward (default 1); step and losses take two at least")
+                        help="images per forward (default 1); step, teacher and losses take two at "
+                             "least")
     parser.add_argument("--rounds", type=number(int, 1), default=9,
-                        help="timed rounds (default 9); for a step a third of them")
+                        help="timed rounds (default 9); for step and teacher a third of them")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", *AMP_DTYPES),
                         help="fp32, or autocast to 16 bits")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile, on CUDA with CUDA graphs: in place of eager for model "
-                             "and scaling, beside it for peer and step; not for losses and data")
+                             "and scaling, beside it for peer and step; not for teacher, losses "
+                             "and data")
     parser.add_argument("--data", metavar="SPEC",
                         help="what the subject data reads: camvid:DIR, cityscapes:DIR or "
                              "folder:DIR (default: drawn frames, written as .png); what runtimes "

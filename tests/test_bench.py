@@ -11,7 +11,14 @@ import torch
 
 import bench
 from conftest import ROOT, command
-from extras import bench_data, bench_losses, bench_transformers, measure, roofline
+from extras import (
+    bench_data,
+    bench_losses,
+    bench_teacher,
+    bench_transformers,
+    measure,
+    roofline,
+)
 from extras.cli import UsageError
 from extras.measure import Candidate, Options, Timing
 from model import segformer
@@ -34,7 +41,7 @@ def run_once(candidates, rounds, device):
 @pytest.fixture
 def quick(monkeypatch):
     """No processes, no compiler, no large matrix product, few frames, and a B0 in B2's place."""
-    for module in (bench, bench_transformers, bench_losses, bench_data):
+    for module in (bench, bench_transformers, bench_teacher, bench_losses, bench_data):
         monkeypatch.setattr(module, "run_in_turns", run_once)
     rates = roofline.Rates(1e9, 1e9)
     monkeypatch.setattr(bench_transformers, "measure_rates", lambda device, dtype: rates)
@@ -251,6 +258,22 @@ def test_both_sides_of_the_comparisons_compute_the_same():
 
 
 # ---------------------------------------------------------------- the other tables
+
+def test_what_a_teacher_costs(quick, monkeypatch, tmp_path, capsys):
+    """Asked or kept, the first step is the same."""
+    first = {}
+    for side in (bench_teacher.ASKED, bench_teacher.KEPT):
+        step = bench_teacher.make_step(SMALL, side, tmp_path)
+        torch.manual_seed(0)
+        first[side] = step().tolist()
+    assert first[bench_teacher.KEPT] == pytest.approx(first[bench_teacher.ASKED], rel=1e-3)
+
+    rows = run_main(monkeypatch, tmp_path, "teacher", "--size", 64, 64)["teacher"]
+    assert [row["name"] for row in rows] == [
+        bench_teacher.ALONE, bench_teacher.ASKED, bench_teacher.KEPT, bench_teacher.ANSWER]
+    assert rows[0]["ratio"] == 1 and rows[0]["batch"] == 2
+    assert "answers kept" in capsys.readouterr().out
+
 
 def test_losses_and_scaling_tables(quick, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SCALES", ((32, 32), (512, 1024)))

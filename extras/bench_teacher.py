@@ -1,0 +1,106 @@
+"""What a teacher costs a step: asked in every one, or its answers kept (train.py --teacher-cache).
+
+    python bench.py teacher [--size H W] [--batch B]
+
+A step of train.py, B0 with DyT from a B2 by CSKD, beside the same without a teacher. What is kept
+was asked before the clock runs: in a run that is one pass over the frames and their mirror images,
+whose cost is said too.
+"""
+
+from functools import partial
+
+import torch
+
+import train
+from extras.measure import Candidate, compare, mib, print_row, run_in_turns
+from extras.outputs import temporary_folder
+from extras.teacher_cache import TeacherCache
+from losses import Projections, class_weights
+from model import NORMS, SIZES, segformer
+
+ALONE = "no teacher"
+ASKED = "asked in every step"
+KEPT = "answers kept"
+ANSWER = "one answer, an image"
+AMP_OF = {torch.float32: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def make_run(options, side):
+    """-> a Run of train.py with fresh weights, and its teacher, None for ALONE"""
+    torch.manual_seed(0)
+    flags = ["--student", "b0", "--norm", "dyt", "--augment", "plain", "--lr", "1e-5"]
+    flags += ["--amp", AMP_OF[options.dtype]]
+    student = segformer("b0", options.classes, NORMS["dyt"])
+    teacher, projections = None, None
+    if side != ALONE:
+        flags += ["--teacher", "b2.pth", "--lambda-fd", "1", "--lambda-pe", "0"]
+        teacher = segformer("b2", options.classes, NORMS["dyt"]).fold().to(options.device)
+        projections = Projections(SIZES["b0"]["dims"], SIZES["b2"]["dims"])
+    args, _ = train.FLAGS.parse(flags)
+    weight = class_weights(torch.arange(1, options.classes + 1))
+    objective = train.Objective(student, projections, args, weight).to(options.device)
+    objective.train()
+    return train.make_run(args, options.device, student, teacher, objective, train.SEGMENTATION)
+
+
+def make_batch(options):
+    """-> images (B, 3, H, W), whole numbers / 255, and labels (B, H, W)"""
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch, *options.size)
+    images = torch.randint(0, 256, (options.batch, 3, *options.size), generator=generator) / 255
+    labels = torch.randint(0, options.classes, shape, generator=generator)
+    return images.to(options.device), labels.to(options.device)
+
+
+def make_step(options, side, folder):
+    """-> a function that does one step, and returns the values of train.train_step"""
+    run = make_run(options, side)
+    images, labels = make_batch(options)
+    if side == KEPT:
+        run.teacher_cache = TeacherCache(
+            folder,
+            ask=lambda batch: run.objective.ask_teacher(run.teacher, batch),
+            parts={"stages"},
+            identity=["bench"],
+            images=options.batch)
+        with run.autocast():
+            run.teacher_cache.ask(images)
+
+    def step():
+        run.optimizer.zero_grad(set_to_none=True)
+        return train.train_step(run, images, labels)
+    return step
+
+
+def make_answer(options):
+    """-> a function that asks the teacher about one image"""
+    run = make_run(options, ASKED)
+    images, _ = make_batch(options)
+
+    def answer():
+        with run.autocast():
+            return run.objective.ask_teacher(run.teacher, images[:1])
+    return answer
+
+
+def bench_teacher(options):
+    """Steps with and without a teacher. -> rows"""
+    options = options.with_two_images()
+    rounds = max(options.rounds // 3, min(options.rounds, 3))     # a step is long
+    print(f"teacher: batch {options.batch}, median of {rounds} rounds")
+    with temporary_folder() as folder:
+        candidates = {}
+        for side in (ALONE, ASKED, KEPT):
+            candidates[side] = Candidate(partial(make_step, options, side, folder))
+        candidates[ANSWER] = Candidate(partial(make_answer, options))
+        timings = run_in_turns(candidates, rounds, options.device)
+
+    widths = (22, 10, 18, 13, 10)
+    print_row(("", "ms", "to no teacher", "its range", "peak MiB"), widths)
+    rows = []
+    for side, timing in timings.items():
+        ratio = compare(timing, timings[ALONE])
+        rows.append({"name": side, "batch": options.batch, **timing.as_row(), **ratio.as_row()})
+        cells = ("", "") if side == ANSWER else ratio.cells()
+        print_row((side, f"{1e3 * timing.seconds:.0f}", *cells, mib(timing.peak)), widths)
+    return rows
