@@ -57,8 +57,10 @@ class TeacherCache:
         answers = [self.answer(image[None]) for image in images]
         batch = {}
         for part in self.parts:
-            maps = zip(*[answer[part] for answer in answers], strict=True)
-            batch[part] = [torch.cat(same_stage).to(images.device) for same_stage in maps]
+            batch[part] = []
+            for maps in zip(*[answer[part] for answer in answers], strict=True):
+                here = [each.to(images.device) for each in maps]
+                batch[part].append(torch.cat(here))               # (B, C_i, H_i, W_i)
         logits = batch["logits"][0] if "logits" in batch else None
         return Features(logits, batch.get("stages"), batch.get("patch_embeds"))
 
@@ -78,7 +80,8 @@ class TeacherCache:
         answer = {}
         for part in self.parts:
             maps = getattr(features, part)
-            answer[part] = [maps] if part == "logits" else maps
+            maps = [maps] if part == "logits" else maps
+            answer[part] = [channels_last(each) for each in maps]
         self.check_room(answer)
         for part, maps in answer.items():
             path = self.folder / f"{name}.{part}.npz"
@@ -119,12 +122,18 @@ def image_name(image):
     return content.hexdigest()[:24]
 
 
+def channels_last(image):
+    """In the order in which the encoder has it, and a file: a loss must not round otherwise only
+    because an answer was read.
+    """
+    return as_image(as_tokens(image).contiguous())
+
+
 def write_maps(path, maps):
-    """maps: [(1, C_i, H_i, W_i)]. Raises OSError."""
+    """maps: [(1, C_i, H_i, W_i)], channels-last. Raises OSError."""
     arrays = {}
     for i, each in enumerate(maps):
-        # In the order in which a network has them in memory, so that reading copies nothing.
-        tokens = as_tokens(each).cpu().contiguous()               # (1, H_i, W_i, C_i)
+        tokens = as_tokens(each).cpu()                            # (1, H_i, W_i, C_i)
         if tokens.dtype == torch.bfloat16:                        # numpy has none: its 16 bits
             arrays[f"{i}.bfloat16"] = tokens.view(torch.int16).numpy()
         else:

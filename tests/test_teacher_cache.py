@@ -76,6 +76,7 @@ def test_what_is_kept_is_what_the_teacher_said(tmp_path, dtype):
         assert torch.allclose(first.float(), batch.float(), atol=rounding)
     # As the network lays it out: the losses are as fast as without the cache
     assert kept.stages[0].is_contiguous(memory_format=torch.channels_last)
+    assert kept.logits.stride() == told.logits.stride()           # and round as in the first epoch
 
 
 def test_an_answer_does_not_depend_on_the_other_images(tmp_path):
@@ -110,6 +111,17 @@ def test_another_teacher_precision_or_image_is_asked_about(tmp_path):
     make_cache(tmp_path, ask, identity=["a", "off"]).ask(changed)
     make_cache(tmp_path, ask, identity=["a", "off"]).ask(images.transpose(2, 3).contiguous())
     assert ask.count == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_answers_that_were_read_go_to_the_images_device_cuda(tmp_path):
+    ask = Asked()
+    ask.network.cuda()
+    images = whole_images(3).cuda()
+    cache = make_cache(tmp_path, ask)
+    cache.ask(images[:1])
+    features = cache.ask(images)                                  # one is read, two are asked about
+    assert all(each.is_cuda for each in all_maps(features))
 
 
 @pytest.mark.parametrize("damage", ("empty", "truncated", "flipped", "foreign"))
