@@ -135,6 +135,8 @@ def test_the_small_study_is_in_fp32_with_kept_answers_and_in_folders_of_its_own(
         assert bool(args.teacher_cache) == bool(args.teacher) == ("dyt-fd" in args.out)
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "camvid-small-rates", "camvid-small-registered"]
+    both = dry("rates", "b0-dyt-as-long-as-both", **small)
+    assert {command[command.index("--iters") + 1] for command in both} == {"5918"}
     dry("levers", code=2, **small)
     dry("rates", code=2, STUDY="large")
 
