@@ -73,11 +73,13 @@ def rates_of(folder, row):
 def rate_table(results, study):
     """mIoU on val of seed 0, the best of a row in bold -> markdown"""
     tried = {}
+    all_rates = set()
     for name in ROWS:
         rates = rates_of(results / f"{study}-rates", name)
         if rates:
             tried[name] = rates
-    columns = sorted({rate for rates in tried.values() for rate in rates}, key=float)
+            all_rates.update(rates)
+    columns = sorted(all_rates, key=float)
     rows = []
     for name, rates in tried.items():
         best = max(rates.values())

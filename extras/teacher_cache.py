@@ -58,9 +58,9 @@ class TeacherCache:
         batch = {}
         for part in self.parts:
             batch[part] = []
-            for maps in zip(*[answer[part] for answer in answers], strict=True):
-                here = [each.to(images.device) for each in maps]
-                batch[part].append(torch.cat(here))               # (B, C_i, H_i, W_i)
+            for i in range(len(answers[0][part])):
+                of_images = [answer[part][i].to(images.device) for answer in answers]
+                batch[part].append(torch.cat(of_images))          # (B, C_i, H_i, W_i)
         logits = batch["logits"][0] if "logits" in batch else None
         return Features(logits, batch.get("stages"), batch.get("patch_embeds"))
 

@@ -71,12 +71,13 @@ def scene_shares(model):
 def write_card(path, data, runs):
     """Score the weights at `path`, and write their card beside them -> its path."""
     model = open_model(path, None, torch.device("cpu"))
-    results = {}
+    results = []
     for split in SCORED:
         dataset = open_dataset(data, split)
         check_classes(model, path, dataset)
         confusion = evaluate(model, dataset, model.input_size, progress=show_progress(split))
-        results[split] = scores(confusion)
+        result = scores(confusion)
+        results.append((split, [result["miou"], result["macc"], result["aacc"], *result["iou"]]))
     val = open_dataset(data, "val")
     paragraphs = [
         f"# {Path(path).name}",
@@ -84,8 +85,8 @@ def write_card(path, data, runs):
         describe_training(runs),
         f"Data and licence: {LICENCES.get(val.name, val.name)}",
         "## Scores",
-        "Percent, at the labels' full resolution; test was scored once, and chose nothing.",
-        score_rows(results, model.classes),
+        "Percent, at the labels' full resolution.",
+        markdown(["split", "mIoU", "mAcc", "aAcc", *model.classes], percent_rows(results)),
         "## To check a copy by",
         f"sha256 {file_hash(path)}",
         "mIoU of single frames of val, percent:",
@@ -128,15 +129,6 @@ def describe_training(runs):
             raise UsageError(f"{folder} has no recipe.json: it is no run of train.py")
         lines.append(f"    python {recipe['command']}    # commit {recipe['commit']}")
     return "\n\n".join([lines[0], "\n".join(lines[1:])])
-
-
-def score_rows(results, classes):
-    head = ["split", "mIoU", "mAcc", "aAcc", *classes]
-    rows = []
-    for split, result in results.items():
-        values = [result["miou"], result["macc"], result["aacc"], *result["iou"]]
-        rows.append([split] + [f"{100 * value:.2f}" for value in values])
-    return markdown(head, rows)
 
 
 def read_tables(path):

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 
+import numpy as np
 import pytest
 import torch
 from test_levers import STOPPED
@@ -146,6 +147,9 @@ def test_pickles_and_pipes_are_not_read(tmp_path):
     cache = make_cache(tmp_path, ask, {"logits"})
     cache.ask(images)
     file, = tmp_path.glob("*/*.npz")
+    np.savez(file, **{"0": np.array([{}], dtype=object)})         # which numpy keeps as a pickle
+    cache.ask(images)
+    assert ask.count == 2
     file.unlink()
     os.mkfifo(file)
     began = time.time()
