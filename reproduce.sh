@@ -9,6 +9,8 @@
 #   DATA=camvid:DIR ./reproduce.sh rates              each row's learning rate, scored on val only
 #   DATA=camvid:DIR ./reproduce.sh registered         the study that docs/RESULTS.md registered
 #   DATA=camvid:DIR STUDY=small ./reproduce.sh rates  the small one of it, in fp32; and registered
+#   DATA=camvid:DIR STUDY=small-bf16 ./reproduce.sh rates   that one in bf16, from a better teacher
+#   DATA=camvid:DIR ./reproduce.sh weights            the network that weights/ holds
 #   python -m extras.paper_tables --figures           the tables and figures of what is there
 #
 # Before it may stand
@@ -23,7 +25,7 @@
 #
 # A row trains in runs/camvid-SCHEDULE/ROW-SEED (weights) and leaves log, recipe and scores in
 # results/camvid-SCHEDULE/ROW/SEED, in place of those of ours that are there: git diff shows how
-# yours differ. With STUDY=small it is camvid-small-SCHEDULE. Nothing is selected: the last
+# yours differ. With STUDY=small it is camvid-small-SCHEDULE, and so on. Nothing is selected: the last
 # checkpoint is scored, once, on the 233 test frames (in the study: on the held-out fold; levers and
 # rates: on val).
 set -euo pipefail
@@ -51,11 +53,21 @@ case ${1:-} in
     [[ $1 == registered ]] && seeds="0 1 2"
     seeds=${SEEDS:-$seeds}
     AMP=${AMP:-bf16}
+    teacher=$long
     if [[ ${STUDY:-} == small ]]; then
-      medium=1000 long=1000
+      medium=1000 long=1000 teacher=1000
       every=4
       AMP=off
+    elif [[ ${STUDY:-} == small-bf16 ]]; then
+      medium=1000 long=1000 teacher=3000
+      every=4
     fi
+    ;;
+  weights)
+    long=6000
+    every=5
+    seeds=${SEEDS:-0}
+    AMP=${AMP:-bf16}
     ;;
   *)
     sed -n '2,/^set/{/^#/p}' "$0"
@@ -69,11 +81,15 @@ fi
 schedule=$1
 prefix=camvid
 if [[ -n ${STUDY:-} ]]; then
-  if [[ $STUDY != small || ($schedule != rates && $schedule != registered) ]]; then
-    echo "error: STUDY is small or nothing, and is for rates and registered" >&2
+  if [[ $STUDY != small && $STUDY != small-bf16 ]]; then
+    echo "error: STUDY is small or small-bf16 or nothing" >&2
     exit 2
   fi
-  prefix=camvid-small
+  if [[ $schedule != rates && $schedule != registered ]]; then
+    echo "error: STUDY is for rates and registered" >&2
+    exit 2
+  fi
+  prefix=camvid-$STUDY
 fi
 table=$prefix-$schedule                  # the folder in runs/ and results/
 shift
@@ -164,12 +180,18 @@ if [[ $schedule == levers ]]; then
   exit
 fi
 
+# What weights/ holds: the best that one core trains in an hour
+if [[ $schedule == weights ]]; then
+  row b0-dyt "$long" --student b0 --norm dyt --augment plain --crop 360 480 --lr 1.2e-3 --fit-log
+  exit
+fi
+
 # What docs/RESULTS.md registered. In the order in which one run needs another:
 #   levers;  rates b2 b2-dyt;  registered teacher second-teacher;  rates;  registered
 if [[ $schedule == rates || $schedule == registered ]]; then
   WON=(--augment plain --crop 360 480 --fit-log)          # the best of the levers on val so far
   kept=                                 # where a teacher's answers are kept
-  if [[ $prefix == camvid-small ]]; then
+  if [[ $prefix == camvid-small* ]]; then
     WON=(--augment plain --crop 192 256 --fit-log)
     kept="--teacher-cache runs/$prefix-answers"
   fi
@@ -247,8 +269,8 @@ if [[ $schedule == registered ]]; then
   }
 
   best_teacher() {
-    if [[ $prefix == camvid-small ]]; then
-      echo b2-dyt-lr1.2e-3              # not searched: a run of it takes an hour
+    if [[ $prefix == camvid-small* ]]; then
+      echo b2-dyt-lr1.2e-3              # not searched: a run of it takes too long
     else
       best_of b2 b2-dyt
     fi
@@ -270,11 +292,11 @@ if [[ $schedule == registered ]]; then
 
   if is_wanted teacher; then
     best=$(best_teacher)
-    seeds=0 chosen_row teacher "$long" "$best"
+    seeds=0 chosen_row teacher "$teacher" "$best"
   fi
   if is_wanted second-teacher; then
     best=$(best_teacher)
-    seeds=1 chosen_row teacher "$long" "$best"
+    seeds=1 chosen_row teacher "$teacher" "$best"
   fi
   for name in "${ROWS[@]}"; do
     if is_wanted "$name"; then
@@ -308,7 +330,7 @@ if [[ $schedule == registered ]]; then
   for share in 0.25 0.5; do
     if is_wanted "few-$share"; then
       best=$(best_teacher)
-      seeds=0 chosen_row "few-$share-teacher" "$long" "$best" --labelled "$share"
+      seeds=0 chosen_row "few-$share-teacher" "$teacher" "$best" --labelled "$share"
       best=$(best_of b0-dyt)
       chosen_row "few-$share-alone" "$long" "$best" --labelled "$share"
       best=$(best_of b0-dyt-fd)
@@ -320,7 +342,7 @@ if [[ $schedule == registered ]]; then
   # The record: b0-dyt-fd on train, which is there, and on train and val
   if is_wanted record; then
     best=$(best_teacher)
-    seeds=0 chosen_row record-teacher "$long" "$best" --with-val
+    seeds=0 chosen_row record-teacher "$teacher" "$best" --with-val
     best=$(best_of b0-dyt-fd)
     chosen_row record "$long" "$best" --with-val \
       --teacher runs/$prefix-registered/record-teacher-0/last.pth
