@@ -20,7 +20,7 @@ from pathlib import Path
 from extras.cli import UsageError, run_command
 from extras.lever_table import lever_rows
 from extras.outputs import write_text
-from extras.registered_tables import outcome_table, rate_table, row_table
+from extras.registered_tables import outcome_table, rate_table, row_table, summary_table
 from extras.result_rows import (
     difference,
     difference_table,
@@ -35,6 +35,7 @@ RESULTS = Path("docs/RESULTS.md")
 README = Path("README.md")
 BENCH = Path("results/bench/cpu-2-threads.json")
 SMALL = "camvid-small"                                            # the small registered study
+SMALL_BF16 = "camvid-small-bf16"                                  # and once more, in bf16
 
 # Row of reproduce.sh: (its title, its network in bench.py, None if that one was not timed).
 ROWS = {
@@ -73,17 +74,6 @@ RATES = {
     "4.8e-3": "-lr-4.8e-3",
 }
 RATE_ROWS = ("b0", "b0-dyt", "b0-kd", "b0-dyt-fd")
-
-# The README's table: title, the row at the paper's rate, the row at another one (None: no row).
-SUMMARY = (
-    ("B2, the teacher", "b2"),
-    ("B0", "b0-long"),
-    ("B0 + KD (CSKD + PEKD)", "b0-kd-tuned"),
-    ("B0 + DyT", "b0-dyt-tuned"),
-    ("B0 + DyT + CSKD", "b0-dyt-fd-tuned"),
-    ("B2 + DyT, a better teacher", "b2-tuned"),
-    ("B0 + DyT + CSKD, taught by that one", "b0-dyt-fd-b2-tuned"),
-)
 
 # The differences with an interval: (row, what it is held against).
 PAIRS = (
@@ -191,14 +181,6 @@ def amp(run):
 def precision(run):
     """bf16, fp16 or fp32."""
     return "fp32" if amp(run) == "off" else amp(run)
-
-
-def rate(run):
-    """The learning rate as RATES writes it."""
-    for name in RATES:
-        if float(name) == run.recipe["lr"]:
-            return name
-    return f"{run.recipe['lr']:g}"
 
 
 def baseline_notes(found):
@@ -344,28 +326,6 @@ def study_cells(folds, num_classes):
     return cells
 
 
-def summary(folder):
-    """The README's table -> markdown: the longer rows, each at the best rate that it was given."""
-    found = {name: read_row(folder / name) for name in ROWS}
-    rows = []
-    for title, name in SUMMARY:
-        runs = found[name]
-        if not runs:
-            continue
-        base = baseline(found, name)
-        has_other_base = base not in (None, name)
-        precisions = " and ".join(sorted({precision(run) for run in runs}))
-        rows.append([
-            title,
-            rate(runs[0]),
-            precisions,
-            str(len(runs)),
-            spread(run.full["miou"] for run in runs),
-            difference(runs, found[base]) if has_other_base else "",
-        ])
-    return markdown(["", "learning rate", "precision", "seeds", "mIoU", "to B0"], rows)
-
-
 def levers(folder):
     """What the baseline gains by, on val."""
     head = ["frames", "augmentation", "learning rate", "changed", "steps", "seeds", "val mIoU"]
@@ -384,6 +344,23 @@ def small_outcome(folder):
     return outcome_table(folder.parent, SMALL)
 
 
+def bf16_rates(folder):
+    return rate_table(folder.parent, SMALL_BF16)
+
+
+def bf16_rows(folder):
+    return row_table(folder.parent, SMALL_BF16)
+
+
+def bf16_outcome(folder):
+    return outcome_table(folder.parent, SMALL_BF16)
+
+
+def summary(folder):
+    """The README's table."""
+    return summary_table(folder.parent, SMALL_BF16)
+
+
 # ---------------------------------------------------------------- into the files
 
 TABLES = (
@@ -395,6 +372,9 @@ TABLES = (
     (RESULTS, "small rates", small_rates),
     (RESULTS, "small rows", small_rows),
     (RESULTS, "small outcome", small_outcome),
+    (RESULTS, "bf16 rates", bf16_rates),
+    (RESULTS, "bf16 rows", bf16_rows),
+    (RESULTS, "bf16 outcome", bf16_outcome),
     (README, "summary", summary),
 )
 

@@ -1,9 +1,10 @@
 """The tables of a registered study (docs/RESULTS.md), from what reproduce.sh left of it:
-results/camvid-small-rates and results/camvid-small-registered.
+results/camvid-small-rates and results/camvid-small-registered, or those of camvid-small-bf16.
 
     rate_table(Path("results"), "camvid-small")       # each row's rates on val: the best is chosen
     row_table(Path("results"), "camvid-small")        # every row at its rate, on test
     outcome_table(Path("results"), "camvid-small")    # the differences that were registered
+    summary_table(Path("results"), "camvid-small")    # the README's six rows
 
 Made by `python -m extras.paper_tables`, as all tables of docs/RESULTS.md. What was not run is no
 row of a table.
@@ -12,7 +13,7 @@ row of a table.
 from extras.cli import UsageError
 from extras.lever_table import format_rate
 from extras.registered import read_rates
-from extras.result_rows import difference_table, read_row, steps
+from extras.result_rows import difference, difference_table, read_row, steps
 from extras.score_table import markdown, spread
 
 ROWS = {
@@ -40,6 +41,9 @@ ROWS = {
     "record-teacher": "train and val: B2 + DyT, the teacher",
     "record": "train and val: B0 + DyT + CSKD",
 }
+
+# What the README shows of them
+SUMMARY = ("teacher", "b0", "b0-fd", "b0-dyt", "b0-dyt-fd", "b0-dyt-as-long")
 
 # (row, what it is held against); the first is the primary outcome.
 PAIRS = (
@@ -116,3 +120,22 @@ def row_table(results, study):
 def outcome_table(results, study):
     """The differences in mIoU on test, seed by seed, with the 95 % interval of their mean."""
     return difference_table(results / f"{study}-registered", PAIRS, ROWS)
+
+
+def summary_table(results, study):
+    """The README's rows on test: what they score, and how far they are from the plain B0."""
+    base = read_row(results / f"{study}-registered" / "b0")
+    rows = []
+    for name in SUMMARY:
+        runs = read_row(results / f"{study}-registered" / name)
+        if not runs:
+            continue
+        rows.append([
+            ROWS[name],
+            format_rate(runs[0].recipe["lr"]),
+            f"{steps(runs):,}",
+            str(len(runs)),
+            spread(run.full["miou"] for run in runs),
+            "" if name == "b0" else difference(runs, base),
+        ])
+    return markdown(["", "learning rate", "steps", "seeds", "mIoU", "to B0"], rows)

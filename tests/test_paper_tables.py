@@ -36,6 +36,12 @@ between
 <!-- end -->
 <!-- small outcome: made -->
 <!-- end -->
+<!-- bf16 rates: made -->
+<!-- end -->
+<!-- bf16 rows: made -->
+<!-- end -->
+<!-- bf16 outcome: made -->
+<!-- end -->
 after
 """
 
@@ -145,9 +151,6 @@ def test_tuned_rows_are_held_against_the_plain_b0_that_is_best_on_val(project):
     assert "| 99 | 1 | 48.00 | 49.00 | 50.00 | 58.00 | -2.00 |" in text
     assert 'held against "B0, longer"' in text
     assert "(B0, longer 56.00; B0, longer, tuned 55.00)" in text
-    summary = (project / "README.md").read_text()
-    assert "| B0 | 6e-4 | fp32 | 2 | 45.00 +- 7.07 |  |" in summary
-    assert "| 2.4e-3 | bf16 | 1 | 58.00 | +8.00 |" in summary
     (runs / "b0-tuned/0/scores.csv").write_text("step,miou\n1,0.7\n")
     make_tables(project)
     text = (project / "docs/RESULTS.md").read_text()
@@ -173,7 +176,6 @@ def test_every_row_that_is_run_is_shown():
     assert rows == ["b0", "b0-dyt", "b0-kd", "b0-dyt-fd"] == list(tables.RATE_ROWS)
     assert {f"-lr-{rate}" for rate in rates} | {""} == set(tables.RATES.values())
     assert set(tables.STUDY) == {"b2", "b0", "kl-1.0", "kl-0.5"}
-    assert {name for _, name in tables.SUMMARY} <= set(tables.ROWS)
 
 
 def test_mistakes_are_a_sentence(project):

@@ -86,7 +86,8 @@ def out_of(command):
 
 def test_every_line_of_reproduce_is_a_command_of_train(dry):
     three = {"RATES": "6e-4 1.2e-3 2.4e-3"}
-    commands = dry("short") + dry("levers") + dry("rates", "b2", "b2-dyt", **three)
+    commands = dry("short") + dry("levers") + dry("weights")
+    commands += dry("rates", "b2", "b2-dyt", **three)
     commands += dry("registered", "teacher", "second-teacher")
     commands += dry("rates", **three) + dry("registered")
     for command in commands:
@@ -139,6 +140,29 @@ def test_the_small_study_is_in_fp32_with_kept_answers_and_in_folders_of_its_own(
     assert {command[command.index("--iters") + 1] for command in both} == {"5918"}
     dry("levers", code=2, **small)
     dry("rates", code=2, STUDY="large")
+
+
+def test_the_small_study_in_bf16_has_a_longer_teacher_and_folders_of_its_own(dry, tmp_path):
+    small = {"STUDY": "small-bf16"}
+    teacher, _ = train.FLAGS.parse(dry("registered", "teacher", **small)[0][1:])
+    assert teacher.iters == 3000 and teacher.amp == "bf16" and teacher.crop == [192, 256]
+    rates = dry("rates", "b0-dyt-fd", **small)
+    rows = dry("registered", "b0-dyt-fd", **small)
+    assert len(rates) == 4 and len(rows) == 3
+    for command in rates + [command for command in rows if "--resume" not in command]:
+        args, _ = train.FLAGS.parse(command[1:])
+        assert args.amp == "bf16" and args.iters == 1000
+        assert args.teacher.endswith("runs/camvid-small-bf16-registered/teacher-0/last.pth")
+        assert args.teacher_cache.endswith("runs/camvid-small-bf16-answers")
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "camvid-small-bf16-rates", "camvid-small-bf16-registered"]
+
+
+def test_the_weights_are_of_one_run_on_whole_frames(dry):
+    (command,) = dry("weights")
+    args, _ = train.FLAGS.parse(command[1:])
+    assert (args.iters, args.amp, args.crop, args.norm) == (6000, "bf16", [360, 480], "dyt")
+    assert args.teacher is None and not args.with_val
 
 
 def test_a_row_without_its_rates_is_not_trained(dry):

@@ -62,8 +62,22 @@ def test_rows_and_outcome_are_of_the_seeds_that_are_there(tmp_path):
     assert len(outcome) == 2
 
 
+def test_the_readme_has_six_rows_and_holds_them_against_plain_b0(tmp_path):
+    runs = tmp_path / f"{STUDY}-registered"
+    leave(runs / "teacher", 0.50, 0, lr=1.2e-3, iters=3000)
+    for seed, (plain, taught) in enumerate(((0.40, 0.42), (0.41, 0.44))):
+        leave(runs / "b0", plain, seed, lr=1.2e-3, iters=1000)
+        leave(runs / "b0-dyt-fd", taught, seed, lr=2.4e-3, iters=1000)
+    leave(runs / "b0-dyt-cwd", 0.45, 0)                           # no row of the README's
+    assert tables.summary_table(tmp_path, STUDY).splitlines()[2:] == [
+        "| B2 + DyT, the teacher | 1.2e-3 | 3,000 | 1 | 50.00 | +10.00 |",
+        "| B0 | 1.2e-3 | 1,000 | 2 | 40.50 +- 0.71 |  |",
+        "| B0 + DyT + CSKD | 2.4e-3 | 1,000 | 2 | 43.00 +- 1.41 | +2.50 +- 0.71 |",
+    ]
+
+
 def test_nothing_that_was_not_run_is_in_a_table(tmp_path):
-    for make in (tables.rate_table, tables.row_table, tables.outcome_table):
+    for make in (tables.rate_table, tables.row_table, tables.outcome_table, tables.summary_table):
         assert len(make(tmp_path, STUDY).splitlines()) == 2       # the head alone
 
 
@@ -71,6 +85,6 @@ def test_every_row_of_the_study_has_its_title():
     script = (ROOT / "reproduce.sh").read_text()
     rows = re.search(r"^  ROWS=\((.*)\)", script, re.MULTILINE)[1].split()
     secondary = re.search(r"^  SECONDARY=\((.*)\)", script, re.MULTILINE)[1].split()
-    assert set(rows + secondary) <= set(tables.ROWS)
+    assert set(rows + secondary) <= set(tables.ROWS) and set(tables.SUMMARY) <= set(tables.ROWS)
     for name, base in tables.PAIRS:
         assert {name, base} <= set(tables.ROWS)
