@@ -52,6 +52,7 @@ PAIRS = (
     ("b0-dyt-fd", "b0-dyt"),
     ("b0-fd", "b0"),
     ("b0-dyt", "b0"),
+    ("b0-dyt-fd", "b0-fd"),
     ("b0-dyt-cosine", "b0-dyt-fd"),
     ("b0-dyt-gcos", "b0-dyt-fd"),
     ("b0-dyt-cwd", "b0-dyt-fd"),
