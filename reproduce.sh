@@ -234,7 +234,7 @@ if [[ $schedule == rates || $schedule == registered ]]; then
       echo "$STEPS"
       return
     fi
-    # Those of the small studies were timed apart, with nothing else running: docs/RESULTS.md
+    # Those of the small studies were timed apart, not by runs that were disturbed: docs/RESULTS.md
     case "$prefix $*" in
       "camvid-small b0-dyt-fd")         echo 1325 ;;
       "camvid-small b0-dyt-fd "*)       echo 5918 ;;
