@@ -88,8 +88,22 @@ def export_int8(model, args):
           f"{describe_resizing(model, size)}")
 
 
+def name_of_data(spec):
+    """"camvid:/home/me/CamVid" -> "camvid:CamVid": a file that is sent around tells no one's folders.
+
+    A path that starts in the folder of the command is kept: such data can lie there elsewhere too.
+    """
+    kind, colon, folder = spec.partition(":")
+    if not Path(folder).is_absolute():
+        return spec
+    return kind + colon + Path(folder).name
+
+
 def export_checkpoint(model, args):
     """TARGET.pth: write it and say how large it is, beside the file it came from."""
+    data = (model.trained_on or {}).get("data")
+    if data is not None:
+        model.trained_on = model.trained_on | {"data": name_of_data(data)}
     save_checkpoint(model, args.target, half=args.half)
     before = ""
     if Path(args.checkpoint).is_file():                           # Hugging Face's is a folder

@@ -51,6 +51,20 @@ def test_half_checkpoints_are_half_and_load_on_the_cpu(checkpoint, tmp_path):
     assert "beyond its range" in output
 
 
+@pytest.mark.parametrize("data, told", [
+    ("camvid:/home/me/CamVid", "camvid:CamVid"),
+    ("camvid:sets/CamVid", "camvid:sets/CamVid"),
+    ("toy", "toy"),
+])
+def test_what_is_sent_around_tells_no_ones_folders(data, told, checkpoint, tmp_path):
+    network = load_checkpoint(checkpoint)
+    network.trained_on = {"data": data, "fold": 1, "folds": 2, "fold_by": "drive"}
+    save_checkpoint(network, tmp_path / "mine.pth")
+    export_command(tmp_path / "mine.pth", tmp_path / "given.pth", "--half")
+    given = load_checkpoint(tmp_path / "given.pth").trained_on
+    assert given == {"data": told, "fold": 1, "folds": 2, "fold_by": "drive"}
+
+
 def test_a_checkpoint_without_half_keeps_every_bit(checkpoint, tmp_path):
     output = export_command(checkpoint, tmp_path / "copy.pth")
     assert "weights in fp32, 14.2 MiB (14.2 MiB as given)" in output

@@ -1,6 +1,7 @@
 """The weights that this repository gives away, and the card beside them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import CAMVID, ROOT, command, write_folder
 from data import open_dataset
 from extras.view_flags import open_model
 from extras.weight_card import file_hash, frame_scores, read_tables, scene_shares
-from model import save_checkpoint, segformer
+from model import load_checkpoint, save_checkpoint, segformer
 from test_model import randomise
 
 WEIGHTS = sorted((ROOT / "weights").glob("*.pth"))
@@ -37,6 +38,8 @@ def test_the_weights_are_the_cards_and_small(given):
     assert path.stat().st_size < 8 * 2 ** 20
     assert network.classes and network.palette and not list(path.parent.glob("*.partial"))
     assert set(tables) == {"split", "frame", "scene"}
+    folder = load_checkpoint(path).trained_on["data"].partition(":")[2]
+    assert not Path(folder).is_absolute()                         # of the machine that trained them
 
 
 def test_what_they_say_is_what_their_card_says(given):
