@@ -89,9 +89,9 @@ def export_int8(model, args):
 
 
 def name_of_data(spec):
-    """"camvid:/home/me/CamVid" -> "camvid:CamVid": a file that is sent around tells no one's folders.
+    """"camvid:/home/me/CamVid" -> "camvid:CamVid": a file to send around tells no one's folders.
 
-    A path that starts in the folder of the command is kept: such data can lie there elsewhere too.
+    A path that starts in the folder of the command is kept: there such data may lie elsewhere too.
     """
     kind, colon, folder = spec.partition(":")
     if not Path(folder).is_absolute():
