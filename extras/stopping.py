@@ -150,7 +150,7 @@ def keep_what_was_done(run, step, stop, save):
     except DatasetError:                               # a frame broke since the run began
         keep()
         raise
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
         if is_out_of_memory(error):
             keep()
             raise
@@ -165,6 +165,9 @@ def keep_what_was_done(run, step, stop, save):
 
 
 def is_lost_worker(error):
+    """The loader says so; or a batch that was on its way broke off, before the loader could tell."""
+    if isinstance(error, (ConnectionError, EOFError)):
+        return True
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 

@@ -274,6 +274,29 @@ def test_a_worker_that_dies_loses_no_step(tmp_path, folder, monkeypatch):
     assert saved_step(out) == len(rows(out)) - 1 >= 5
 
 
+@pytest.mark.parametrize("error", [
+    ConnectionResetError(104, "Connection reset by peer"),
+    EOFError(),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+])
+def test_a_batch_that_broke_off_is_a_worker_that_died(error, tmp_path, folder, monkeypatch):
+    """Killed while it hands a batch over, it is not gone yet when the loader looks for it."""
+    read = train.next_batch
+    steps = itertools.count(1)
+
+    def breaking(run):
+        if next(steps) == 5:
+            raise error
+        return read(run)
+
+    monkeypatch.setattr(train, "next_batch", breaking)
+    out = tmp_path / "run"
+    flags = ("--data", folder, *SMALL, "--workers", 0, "--iters", 9, "--eval-every", 9)
+    with pytest.raises(ProcessLost, match="a process that reads data ended by itself"):
+        train_with(*flags, "--out", out)
+    assert saved_step(out) == 4
+
+
 # ---------------------------------------------------------------- sizes
 
 def test_batches_are_made_one_at_a_time_and_are_the_same():
