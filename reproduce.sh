@@ -180,7 +180,7 @@ if [[ $schedule == levers ]]; then
   exit
 fi
 
-# What weights/ holds: the best that one core trains in an hour
+# What weights/ holds: an hour on one core, by the levers so far, its rate not searched
 if [[ $schedule == weights ]]; then
   row b0-dyt "$long" --student b0 --norm dyt --augment plain --crop 360 480 --lr 1.2e-3 --fit-log
   exit

@@ -332,33 +332,11 @@ def levers(folder):
     return markdown(head, lever_rows(folder.parent / "camvid-levers"))
 
 
-def small_rates(folder):
-    return rate_table(folder.parent, SMALL)
-
-
-def small_rows(folder):
-    return row_table(folder.parent, SMALL)
-
-
-def small_outcome(folder):
-    return outcome_table(folder.parent, SMALL)
-
-
-def bf16_rates(folder):
-    return rate_table(folder.parent, SMALL_BF16)
-
-
-def bf16_rows(folder):
-    return row_table(folder.parent, SMALL_BF16)
-
-
-def bf16_outcome(folder):
-    return outcome_table(folder.parent, SMALL_BF16)
-
-
-def summary(folder):
-    """The README's table."""
-    return summary_table(folder.parent, SMALL_BF16)
+def of_study(make_table, study):
+    """-> a table of a registered study as TABLES has them: a function of the other rows' folder"""
+    def make(folder):
+        return make_table(folder.parent, study)
+    return make
 
 
 # ---------------------------------------------------------------- into the files
@@ -369,13 +347,13 @@ TABLES = (
     (RESULTS, "rates", rates),
     (RESULTS, "study", study),
     (RESULTS, "levers", levers),
-    (RESULTS, "small rates", small_rates),
-    (RESULTS, "small rows", small_rows),
-    (RESULTS, "small outcome", small_outcome),
-    (RESULTS, "bf16 rates", bf16_rates),
-    (RESULTS, "bf16 rows", bf16_rows),
-    (RESULTS, "bf16 outcome", bf16_outcome),
-    (README, "summary", summary),
+    (RESULTS, "small rates", of_study(rate_table, SMALL)),
+    (RESULTS, "small rows", of_study(row_table, SMALL)),
+    (RESULTS, "small outcome", of_study(outcome_table, SMALL)),
+    (RESULTS, "bf16 rates", of_study(rate_table, SMALL_BF16)),
+    (RESULTS, "bf16 rows", of_study(row_table, SMALL_BF16)),
+    (RESULTS, "bf16 outcome", of_study(outcome_table, SMALL_BF16)),
+    (README, "summary", of_study(summary_table, SMALL_BF16)),
 )
 
 

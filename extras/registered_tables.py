@@ -3,7 +3,7 @@ results/camvid-small-rates and results/camvid-small-registered, or those of camv
 
     rate_table(Path("results"), "camvid-small")       # each row's rates on val: the best is chosen
     row_table(Path("results"), "camvid-small")        # every row at its rate, on test
-    outcome_table(Path("results"), "camvid-small")    # the differences that were registered
+    outcome_table(Path("results"), "camvid-small")    # differences, the primary outcome first
     summary_table(Path("results"), "camvid-small")    # the README's six rows
 
 Made by `python -m extras.paper_tables`, as all tables of docs/RESULTS.md. What was not run is no
@@ -42,7 +42,7 @@ ROWS = {
     "record": "train and val: B0 + DyT + CSKD",
 }
 
-# What the README shows of them
+# The README's: the method, its parts, and what the same time buys without a teacher
 SUMMARY = ("teacher", "b0", "b0-fd", "b0-dyt", "b0-dyt-fd", "b0-dyt-as-long")
 
 # (row, what it is held against); the first is the primary outcome.
