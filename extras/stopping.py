@@ -165,7 +165,7 @@ def keep_what_was_done(run, step, stop, save):
 
 
 def is_lost_worker(error):
-    """The loader says so; or a batch that was on its way broke off, before the loader could tell."""
+    """The loader says so; or a batch on its way broke off before the loader could tell."""
     if isinstance(error, (ConnectionError, EOFError)):
         return True
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
