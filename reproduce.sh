@@ -162,20 +162,25 @@ if [[ $schedule == levers ]]; then
   SMALL=(--student b0 --size 288 384 --crop 288 384)
   NATIVE=(--student b0 --size 360 480 --crop 360 480)
   GENTLE=(--scale-range 0.75 1.5)
-  PLAIN=(--student b0 --augment plain --crop 360 480)
   for lr in 6e-4 1.2e-3 2.4e-3 4.8e-3; do
-    row "plain-native-lr$lr"      "$medium" "${PLAIN[@]}" --lr "$lr"
+    row "plain-native-lr$lr"      "$medium" --student b0 --augment plain --crop 360 480 --lr "$lr"
     row "plain-small-lr$lr"       "$medium" --student b0 --augment plain --crop 288 384 --lr "$lr"
     row "gentle-native-lr$lr"     "$medium" "${NATIVE[@]}" "${GENTLE[@]}" --lr "$lr"
     row "gentle-small-lr$lr"      "$medium" "${SMALL[@]}" "${GENTLE[@]}" --lr "$lr"
     row "segformer-native-lr$lr"  "$medium" "${NATIVE[@]}" --lr "$lr"
     row "segformer-small-lr$lr"   "$medium" "${SMALL[@]}" --lr "$lr"
   done
-  row plain-native-ema-lr1.2e-3   "$medium" "${PLAIN[@]}" --lr 1.2e-3 --ema 0.999
-  row plain-native-dice-lr1.2e-3  "$medium" "${PLAIN[@]}" --lr 1.2e-3 --loss wce-dice --lambda-dice 1
-  row plain-native-sqrt-lr1.2e-3  "$medium" "${PLAIN[@]}" --lr 1.2e-3 --class-weights sqrt
-  for decay in 0.01 0.05; do
-    row "plain-native-decay$decay-lr1.2e-3" "$medium" "${PLAIN[@]}" --lr 1.2e-3 --weight-decay "$decay"
+  for frames in native small; do
+    if [[ $frames == native ]]; then
+      PLAIN=(--student b0 --augment plain --crop 360 480 --lr 1.2e-3)
+    else
+      PLAIN=(--student b0 --augment plain --crop 288 384 --lr 1.2e-3)
+    fi
+    row "plain-$frames-ema-lr1.2e-3"        "$medium" "${PLAIN[@]}" --ema 0.999
+    row "plain-$frames-dice-lr1.2e-3"       "$medium" "${PLAIN[@]}" --loss wce-dice --lambda-dice 1
+    row "plain-$frames-sqrt-lr1.2e-3"       "$medium" "${PLAIN[@]}" --class-weights sqrt
+    row "plain-$frames-decay0.01-lr1.2e-3"  "$medium" "${PLAIN[@]}" --weight-decay 0.01
+    row "plain-$frames-decay0.05-lr1.2e-3"  "$medium" "${PLAIN[@]}" --weight-decay 0.05
   done
   exit
 fi
