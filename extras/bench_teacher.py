@@ -4,7 +4,8 @@
 
 A step of train.py, B0 with DyT from a B2 by CSKD, beside the same without a teacher. What is kept
 was asked before the clock runs: in a run that is one pass over the frames and their mirror images,
-whose cost is said too.
+whose cost is said too. Then what each other loss of distillation costs in CSKD's place, by turns
+with a step without a teacher: the steps that it must be worth.
 """
 
 from functools import partial
@@ -22,7 +23,23 @@ ALONE = "no teacher"
 ASKED = "asked in every step"
 KEPT = "answers kept"
 ANSWER = "one answer, an image"
+OTHER_LOSSES = {                            # in CSKD's place: how the table calls them, their flags
+    "PEKD": ["--lambda-pe", "1"],
+    "cosine of pixels": ["--lambda-cosine", "1"],
+    "global cosine": ["--lambda-gcos", "1"],
+    "CWD": ["--lambda-cwd", "1"],
+    "DIST": ["--lambda-dist", "1"],
+    "KL": ["--lambda-kl", "1", "--temperature", "4"],
+    "KL of z-scores": ["--lambda-zkl", "1"],
+}
+WIDTHS = (22, 10, 18, 13, 10)                                     # of the table's columns
 AMP_OF = {torch.float32: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def loss_flags(side):
+    """The loss by which the teacher teaches: one of OTHER_LOSSES, or CSKD."""
+    alone = ["--lambda-fd", "0", "--lambda-pe", "0"]              # what train.py takes unless told
+    return alone + OTHER_LOSSES.get(side, ["--lambda-fd", "1"])   # the last of two flags counts
 
 
 def make_run(options, side):
@@ -33,7 +50,7 @@ def make_run(options, side):
     student = segformer("b0", options.classes, NORMS["dyt"])
     teacher, projections = None, None
     if side != ALONE:
-        flags += ["--teacher", "b2.pth", "--lambda-fd", "1", "--lambda-pe", "0"]
+        flags += ["--teacher", "b2.pth", *loss_flags(side)]
         teacher = segformer("b2", options.classes, NORMS["dyt"]).fold().to(options.device)
         projections = Projections(SIZES["b0"]["dims"], SIZES["b2"]["dims"])
     args, _ = train.FLAGS.parse(flags)
@@ -56,13 +73,14 @@ def make_step(options, side, folder):
     """-> a function that does one step, and returns the values of train.train_step"""
     run = make_run(options, side)
     images, labels = make_batch(options)
-    if side == KEPT:
+    if side not in (ALONE, ASKED):
         run.teacher_cache = TeacherCache(
             folder,
             ask=lambda batch: run.objective.ask_teacher(run.teacher, batch),
-            parts={"stages"},
+            parts=run.objective.teacher_parts - {None},
             identity=["bench"],
             images=options.batch)
+        run.teacher_cache.has_room = True                         # for one batch: no word on it
         with run.autocast():
             run.teacher_cache.ask(images)
 
@@ -88,19 +106,30 @@ def bench_teacher(options):
     options = options.with_two_images()
     rounds = max(options.rounds // 3, min(options.rounds, 3))     # a step is long
     print(f"teacher: batch {options.batch}, median of {rounds} rounds")
+    print_row(("", "ms", "to no teacher", "its range", "peak MiB"), WIDTHS)
     with temporary_folder() as folder:
-        candidates = {}
-        for side in (ALONE, ASKED, KEPT):
-            candidates[side] = Candidate(partial(make_step, options, side, folder))
+        candidates = step_candidates(options, (ALONE, ASKED, KEPT), folder)
         candidates[ANSWER] = Candidate(partial(make_answer, options))
         timings = run_in_turns(candidates, rounds, options.device)
+        rows = [show_step(options, side, timings) for side in timings]
 
-    widths = (22, 10, 18, 13, 10)
-    print_row(("", "ms", "to no teacher", "its range", "peak MiB"), widths)
-    rows = []
-    for side, timing in timings.items():
-        ratio = compare(timing, timings[ALONE])
-        rows.append({"name": side, "batch": options.batch, **timing.as_row(), **ratio.as_row()})
-        cells = ("", "") if side == ANSWER else ratio.cells()
-        print_row((side, f"{1e3 * timing.seconds:.0f}", *cells, mib(timing.peak)), widths)
+        print("\nin CSKD's place, answers kept")
+        for side in OTHER_LOSSES:
+            # In pairs: of all at once, the networks may not fit in memory
+            candidates = step_candidates(options, (ALONE, side), folder)
+            timings = run_in_turns(candidates, rounds, options.device)
+            rows.append(show_step(options, side, timings))
     return rows
+
+
+def step_candidates(options, sides, folder):
+    return {side: Candidate(partial(make_step, options, side, folder)) for side in sides}
+
+
+def show_step(options, side, timings):
+    """Print the row of this side, of a {side: Timing} that ALONE is among. -> the row as JSON"""
+    timing = timings[side]
+    ratio = compare(timing, timings[ALONE])
+    cells = ("", "") if side == ANSWER else ratio.cells()
+    print_row((side, f"{1e3 * timing.seconds:.0f}", *cells, mib(timing.peak)), WIDTHS)
+    return {"name": side, "batch": options.batch, **timing.as_row(), **ratio.as_row()}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bench
+import train
 from conftest import ROOT, command
 from extras import (
     bench_data,
@@ -268,11 +269,21 @@ def test_what_a_teacher_costs(quick, monkeypatch, tmp_path, capsys):
         first[side] = step().tolist()
     assert first[bench_teacher.KEPT] == pytest.approx(first[bench_teacher.ASKED], rel=1e-3)
 
+    monkeypatch.setattr(bench_teacher, "OTHER_LOSSES", {"CWD": ["--lambda-cwd", "1"]})
     rows = run_main(monkeypatch, tmp_path, "teacher", "--size", 64, 64)["teacher"]
     assert [row["name"] for row in rows] == [
-        bench_teacher.ALONE, bench_teacher.ASKED, bench_teacher.KEPT, bench_teacher.ANSWER]
+        bench_teacher.ALONE, bench_teacher.ASKED, bench_teacher.KEPT, bench_teacher.ANSWER, "CWD"]
     assert rows[0]["ratio"] == 1 and rows[0]["batch"] == 2
     assert "answers kept" in capsys.readouterr().out
+
+
+def test_what_each_loss_costs_is_a_step_with_that_loss_alone():
+    """Every term of distillation that train.py has is there, once."""
+    terms = [bench_teacher.make_run(SMALL, side).objective.weights
+             for side in (bench_teacher.KEPT, *bench_teacher.OTHER_LOSSES)]
+    assert all(len(weights) == 2 and weights["wce"] == 1 for weights in terms)
+    found = {name for weights in terms for name in weights} - {"wce"}
+    assert found == {term.name for term in train.DISTILLATION}
 
 
 def test_losses_and_scaling_tables(quick, monkeypatch, capsys):
