@@ -73,12 +73,22 @@ def changes_of(recipe):
     return ", ".join(words) or "-"
 
 
+def format_mious(vals):
+    """[0.6, 0.61] -> "60.50 (60.00, 61.00)": the mean, and of several runs each."""
+    mean = f"{100 * statistics.mean(vals):.2f}"
+    if len(vals) == 1:
+        return mean
+    each = ", ".join(f"{100 * val:.2f}" for val in vals)
+    return f"{mean} ({each})"
+
+
 def lever_rows(folder):
     """-> the cells of each row, the best first."""
     rows = []
     for levers in read_levers(folder).values():
         recipe = levers[0].recipe
-        miou = statistics.mean(lever.val for lever in levers)
+        vals = [lever.val for lever in levers]
+        miou = statistics.mean(vals)
         cells = [
             frames_of(recipe),
             augmentation_of(recipe),
@@ -86,7 +96,7 @@ def lever_rows(folder):
             changes_of(recipe),
             str(recipe["iters"]),
             str(len(levers)),
-            f"{100 * miou:.2f}",
+            format_mious(vals),
         ]
         rows.append((miou, cells))
     rows.sort(reverse=True)

@@ -202,15 +202,16 @@ def test_levers_are_told_from_their_recipes(tmp_path):
     gentle = plain | {"augment": "segformer", "scale_range": [0.75, 1.5], "lr": 1.2e-3}
     many = plain | {"class_weights": "sqrt", "ema": 0.999, "weight_decay": 0.05,
                     "loss": "wce-dice"}
-    rows = {"a": (plain, 5, 0.5), "b": (gentle, 5, 0.6), "c": (many, 5, 0.4), "d": (many, 4, 0.9)}
+    rows = {"a/0": (plain, 5, 0.5), "a/1": (plain, 5, 0.51), "b/0": (gentle, 5, 0.6),
+            "c/0": (many, 5, 0.4), "d/0": (many, 4, 0.9)}
     for name, (recipe, step, miou) in rows.items():
-        folder = tmp_path / name / "0"
+        folder = tmp_path / name
         folder.mkdir(parents=True)
         (folder / "recipe.json").write_text(json.dumps(recipe))
         (folder / "scores.csv").write_text(f"step,miou\n1,0.1\n{step},{miou}\n")
     assert lever_table.lever_rows(tmp_path) == [
         ["360x480", "gentle (scale 0.75-1.5)", "1.2e-3", "-", "5", "1", "60.00"],
-        ["360x480", "resize and flip", "6e-4", "-", "5", "1", "50.00"],
+        ["360x480", "resize and flip", "6e-4", "-", "5", "2", "50.50 (50.00, 51.00)"],
         ["360x480", "resize and flip", "6e-4",
          "wce-dice, class weights sqrt, weight decay 0.05, average of the weights, 0.999",
          "5", "1", "40.00"],
