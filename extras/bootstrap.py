@@ -89,7 +89,8 @@ def print_drives(names, confusions, stems):
         frames = [stems.index(stem) for stem in its_stems]
         line = f"{drive:<16}{len(frames):>8}"
         for name in names:
-            miou = scores(torch.from_numpy(confusions[name][frames].sum(0)))["miou"]
+            confusion = confusions[name][frames].sum(0)           # (C, C)
+            miou = scores(torch.from_numpy(confusion))["miou"]
             line += f"{100 * miou:>22.2f}"
         print(line)
 
