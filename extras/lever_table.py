@@ -73,6 +73,11 @@ def changes_of(recipe):
     return ", ".join(words) or "-"
 
 
+def is_plain(recipe):
+    """Nothing but a resize and a flip, and the plain loss: what a lever is held against."""
+    return recipe["augment"] == "plain" and changes_of(recipe) == "-"
+
+
 def format_mious(vals):
     """[0.6, 0.61] -> "60.50 (60.00, 61.00)": the mean, and of several runs each."""
     mean = f"{100 * statistics.mean(vals):.2f}"
@@ -82,22 +87,50 @@ def format_mious(vals):
     return f"{mean} ({each})"
 
 
+def format_gain(levers, plain):
+    """-> "+1.20": how far the row is above the plain one, over the seeds that both have."""
+    if plain is None or plain is levers:
+        return ""
+    val_of_plain = {lever.recipe["seed"]: lever.val for lever in plain}
+    gains = []
+    for lever in levers:
+        seed = lever.recipe["seed"]
+        if seed in val_of_plain:
+            gains.append(lever.val - val_of_plain[seed])
+    if not gains:
+        return ""
+    return f"{100 * statistics.mean(gains):+.2f}"
+
+
+def mean_val(levers):
+    return statistics.mean(lever.val for lever in levers)
+
+
 def lever_rows(folder):
-    """-> the cells of each row, the best first."""
-    rows = []
+    """-> the cells of each row: by the frames, the large first, and there the best first.
+
+    Each is held against the best plain row of its frames.
+    """
+    by_frames = {}
     for levers in read_levers(folder).values():
-        recipe = levers[0].recipe
-        vals = [lever.val for lever in levers]
-        miou = statistics.mean(vals)
-        cells = [
-            frames_of(recipe),
-            augmentation_of(recipe),
-            format_rate(recipe["lr"]),
-            changes_of(recipe),
-            str(recipe["iters"]),
-            str(len(levers)),
-            format_mious(vals),
-        ]
-        rows.append((miou, cells))
-    rows.sort(reverse=True)
-    return [cells for _, cells in rows]
+        height, width = levers[0].recipe["input_size"]
+        by_frames.setdefault((height, width), []).append(levers)
+
+    cells = []
+    for frames in sorted(by_frames, reverse=True):
+        rows = sorted(by_frames[frames], key=mean_val, reverse=True)
+        plain_rows = [levers for levers in rows if is_plain(levers[0].recipe)]
+        plain = plain_rows[0] if plain_rows else None
+        for levers in rows:
+            recipe = levers[0].recipe
+            cells.append([
+                frames_of(recipe),
+                augmentation_of(recipe),
+                format_rate(recipe["lr"]),
+                changes_of(recipe),
+                f"{recipe['iters']:,}",
+                str(len(levers)),
+                format_mious([lever.val for lever in levers]),
+                format_gain(levers, plain),
+            ])
+    return cells

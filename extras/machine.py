@@ -15,6 +15,7 @@ import torch
 from extras.cli import UsageError
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")                  # as Linux calls them; last: Arm
 
 
 def pick_device(name):
@@ -37,10 +38,19 @@ def pick_device(name):
 
 
 def device_name(device):
-    """-> the GPU's name, or "x86_64 CPU, 2 threads"."""
+    """-> the GPU's name, or "AMD EPYC 9B14 (AVX512, avx512_bf16), 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name():
+    """-> the processor, and its instructions: runs on two kinds differ in the last bits."""
+    fields = read_cpuinfo()
+    name = fields.get("model name", f"{platform.machine()} CPU")
+    instructions = [torch.backends.cpu.get_cpu_capability()]
+    instructions += [unit for unit in BF16_UNITS if unit in flags_of_cpu(fields)]
+    return f"{name} ({', '.join(instructions)})"
 
 
 def keep_freed_memory():
@@ -62,13 +72,25 @@ def keep_freed_memory():
 
 def cpu_has_bf16():
     """Does the processor compute in bf16 (x86's AVX512 or AMX, Arm)? None: only Linux tells."""
+    flags = flags_of_cpu(read_cpuinfo())
+    if not flags:
+        return None
+    return any(unit in flags for unit in BF16_UNITS)
+
+
+def read_cpuinfo():
+    """-> {field: text} of the first processor in /proc/cpuinfo; {} where there is no such file."""
+    fields = {}
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return None
-    names = {"avx512_bf16", "amx_bf16", "bf16"}
+        return fields
     for line in lines:
-        key, _, values = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return bool(names & set(values.split()))
-    return None
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields
+
+
+def flags_of_cpu(fields):
+    """What /proc/cpuinfo lists as the processor's abilities: x86 calls them flags, Arm Features."""
+    return fields.get("flags", fields.get("Features", "")).split()

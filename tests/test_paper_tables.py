@@ -195,26 +195,38 @@ def test_mistakes_are_a_sentence(project):
 
 
 def test_levers_are_told_from_their_recipes(tmp_path):
-    """A row a run, the best first; one that did not end is left out."""
-    plain = {"iters": 5, "lr": 6e-4, "augment": "plain", "scale_range": [0.5, 2.0],
+    """A row a run, by the size of the frames and its mIoU; one that did not end is left out. The
+    gain is over the best plain row of these frames, seed by seed."""
+    plain = {"iters": 5000, "lr": 6e-4, "augment": "plain", "scale_range": [0.5, 2.0],
              "input_size": [360, 480], "loss": "wce", "class_weights": [1.5, 2.5],
              "weight_decay": 0.0, "norm": "ln"}
     gentle = plain | {"augment": "segformer", "scale_range": [0.75, 1.5], "lr": 1.2e-3}
     many = plain | {"class_weights": "sqrt", "ema": 0.999, "weight_decay": 0.05,
                     "loss": "wce-dice"}
-    rows = {"a/0": (plain, 5, 0.5), "a/1": (plain, 5, 0.51), "b/0": (gentle, 5, 0.6),
-            "c/0": (many, 5, 0.4), "d/0": (many, 4, 0.9)}
+    faster = plain | {"lr": 1.2e-3}
+    small = gentle | {"input_size": [288, 384]}
+    rows = {
+        "a/0": (plain, 5000, 0.5),
+        "a/1": (plain, 5000, 0.51),
+        "b/0": (gentle, 5000, 0.6),
+        "c/1": (many, 5000, 0.4),
+        "d/0": (many, 4000, 0.9),
+        "e/0": (faster, 5000, 0.45),
+        "f/0": (small, 5000, 0.7),
+    }
     for name, (recipe, step, miou) in rows.items():
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        (folder / "recipe.json").write_text(json.dumps(recipe))
+        (folder / "recipe.json").write_text(json.dumps(recipe | {"seed": int(folder.name)}))
         (folder / "scores.csv").write_text(f"step,miou\n1,0.1\n{step},{miou}\n")
     assert lever_table.lever_rows(tmp_path) == [
-        ["360x480", "gentle (scale 0.75-1.5)", "1.2e-3", "-", "5", "1", "60.00"],
-        ["360x480", "resize and flip", "6e-4", "-", "5", "2", "50.50 (50.00, 51.00)"],
+        ["360x480", "gentle (scale 0.75-1.5)", "1.2e-3", "-", "5,000", "1", "60.00", "+10.00"],
+        ["360x480", "resize and flip", "6e-4", "-", "5,000", "2", "50.50 (50.00, 51.00)", ""],
+        ["360x480", "resize and flip", "1.2e-3", "-", "5,000", "1", "45.00", "-5.00"],
         ["360x480", "resize and flip", "6e-4",
          "wce-dice, class weights sqrt, weight decay 0.05, average of the weights, 0.999",
-         "5", "1", "40.00"],
+         "5,000", "1", "40.00", "-11.00"],
+        ["288x384", "gentle (scale 0.75-1.5)", "1.2e-3", "-", "5,000", "1", "70.00", ""],
     ]
 
 

@@ -781,6 +781,22 @@ def test_bf16_units_are_known_and_what_is_faster_is_said(cpuinfo, has_units, mon
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("cpuinfo, name", [
+    ("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx512_bf16\n\n"
+     "processor\t: 1\nmodel name\t: another\nflags\t\t: fpu amx_bf16\n",
+     "AMD EPYC ({}, avx512_bf16), 2 threads"),
+    ("Features\t: fp asimd bf16\n", "aarch64 CPU ({}, bf16), 2 threads"),
+    ("", "aarch64 CPU ({}), 2 threads"),
+])
+def test_recipe_tells_the_processor(cpuinfo, name, monkeypatch):
+    """Two kinds round differently: a table of runs can say on which it was made."""
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    kernels = torch.backends.cpu.get_cpu_capability()
+    assert machine.device_name(torch.device("cpu")) == name.format(kernels)
+
+
 def test_bf16_and_fp16_train(tmp_path, folder):
     """Along the curve of full precision, within what 16 bits round away."""
     curves = {}
