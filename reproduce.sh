@@ -179,6 +179,8 @@ if [[ $schedule == levers ]]; then
     row "plain-$frames-ema-lr1.2e-3"        "$medium" "${PLAIN[@]}" --ema 0.999
     row "plain-$frames-dice-lr1.2e-3"       "$medium" "${PLAIN[@]}" --loss wce-dice --lambda-dice 1
     row "plain-$frames-sqrt-lr1.2e-3"       "$medium" "${PLAIN[@]}" --class-weights sqrt
+    row "plain-$frames-dice-sqrt-lr1.2e-3"  "$medium" "${PLAIN[@]}" --loss wce-dice --lambda-dice 1 \
+                                            --class-weights sqrt
     row "plain-$frames-decay0.01-lr1.2e-3"  "$medium" "${PLAIN[@]}" --weight-decay 0.01
     row "plain-$frames-decay0.05-lr1.2e-3"  "$medium" "${PLAIN[@]}" --weight-decay 0.05
   done
