@@ -70,8 +70,8 @@ def advise_precision(amp, device):
     if device.type != "cpu":
         return
     if amp == "off" and cpu_has_bf16():
-        print("note: this CPU has bf16 units; --amp bf16 takes about half the time a step "
-              "(docs/SPEED.md)")
+        print("note: this CPU has bf16 units; --amp bf16 takes less time a step, down to half of "
+              "it (docs/SPEED.md)")
     if amp == "bf16" and cpu_has_bf16() is False:
         print("note: this CPU has no bf16 units and only emulates them: --amp off takes about a "
               "tenth of the time a step (docs/SPEED.md)")

@@ -114,7 +114,15 @@ def test_closed_streams_are_no_error(tmp_path, folder):
 
 # ---------------------------------------------------------------- signals
 
-def test_sighup_saves_and_stops_with_workers(tmp_path, folder):
+@pytest.fixture
+def sighup_as_in_a_terminal():
+    """Under nohup this process ignores it, and so would the runs that it starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_sighup_saves_and_stops_with_workers(tmp_path, folder, sighup_as_in_a_terminal):
     """A terminal's end reaches the whole group, also the processes that read data."""
     out = tmp_path / "run"
     flags = ("--data", folder, *SMALL, "--workers", 2, "--iters", 5000, "--eval-every", 5000)
@@ -129,7 +137,7 @@ def test_sighup_saves_and_stops_with_workers(tmp_path, folder):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_under_torchrun_saves(name, tmp_path, folder):
+def test_a_signal_under_torchrun_saves(name, tmp_path, folder, sighup_as_in_a_terminal):
     """torchrun passes it on; its own end comes with a traceback of its own."""
     out = tmp_path / "run"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -775,7 +775,7 @@ def test_bf16_units_are_known_and_what_is_faster_is_said(cpuinfo, has_units, mon
     for amp in ("off", "bf16"):
         run_report.advise_precision(amp, torch.device("cpu"))
         said[amp] = capsys.readouterr().out
-    assert ("--amp bf16 takes about half the time" in said["off"]) == (has_units is True)
+    assert ("--amp bf16 takes less time" in said["off"]) == (has_units is True)
     assert ("--amp off takes about a tenth" in said["bf16"]) == (has_units is False)
     run_report.advise_precision("bf16", torch.device("cuda"))
     assert capsys.readouterr().out == ""
