@@ -38,8 +38,11 @@ AMP_OF = {torch.float32: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def loss_flags(side):
     """The loss by which the teacher teaches: one of OTHER_LOSSES, or CSKD."""
-    alone = ["--lambda-fd", "0", "--lambda-pe", "0"]              # what train.py takes unless told
-    return alone + OTHER_LOSSES.get(side, ["--lambda-fd", "1"])   # the last of two flags counts
+    # Beside a teacher train.py takes CSKD and PEKD unless it is told not to. Where the loss is one
+    # of them its flag comes once more, and the last one counts.
+    neither = ["--lambda-fd", "0", "--lambda-pe", "0"]
+    cskd = ["--lambda-fd", "1"]
+    return neither + OTHER_LOSSES.get(side, cskd)
 
 
 def make_run(options, side):
@@ -127,7 +130,7 @@ def step_candidates(options, sides, folder):
 
 
 def show_step(options, side, timings):
-    """Print the row of this side, of a {side: Timing} that ALONE is among. -> the row as JSON"""
+    """Print the row of this side, of a {side: Timing} that ALONE is among. -> its row"""
     timing = timings[side]
     ratio = compare(timing, timings[ALONE])
     cells = ("", "") if side == ANSWER else ratio.cells()

@@ -1,4 +1,4 @@
-"""The table of what the baseline gains by, from results/camvid-levers/: a row a run, on val alone.
+"""The table of what the baseline gains by, from results/camvid-levers/: on val alone.
 
 Made by `python -m extras.paper_tables`, as all tables of docs/RESULTS.md.
 """

@@ -49,7 +49,8 @@ def cpu_name():
     fields = read_cpuinfo()
     name = fields.get("model name", f"{platform.machine()} CPU")
     instructions = [torch.backends.cpu.get_cpu_capability()]
-    instructions += [unit for unit in BF16_UNITS if unit in flags_of_cpu(fields)]
+    flags = flags_of_cpu(fields)
+    instructions += [unit for unit in BF16_UNITS if unit in flags]
     return f"{name} ({', '.join(instructions)})"
 
 
