@@ -5,6 +5,8 @@ results/camvid-small-rates and results/camvid-small-registered, or those of camv
     row_table(Path("results"), "camvid-small")        # every row at its rate, on test
     outcome_table(Path("results"), "camvid-small")    # differences, the primary outcome first
     summary_table(Path("results"), "camvid-small")    # the README's six rows
+    few_labels_table(Path("results"), "camvid-small") # a quarter and a half of the labels, on test
+    few_labels_outcome(Path("results"), "camvid-small")  # and their differences
 
 Made by `python -m extras.paper_tables`, as all tables of docs/RESULTS.md. What was not run is no
 row of a table.
@@ -32,14 +34,16 @@ ROWS = {
     "b0-dyt-zkl": "B0 + DyT + KL of z-scores",
     "b0-dyt-kl-two": "B0 + DyT + KL, two teachers and flip",
     "b0-dyt-features-first": "B0 + DyT, features first",
+}
+
+# With a share of the labels
+FEW_LABELS = {
     "few-0.25-teacher": "a quarter of the labels: B2 + DyT, the teacher",
     "few-0.25-alone": "a quarter of the labels: B0 + DyT",
     "few-0.25-taught": "a quarter of the labels: B0 + DyT, taught on all frames",
     "few-0.5-teacher": "half of the labels: B2 + DyT, the teacher",
     "few-0.5-alone": "half of the labels: B0 + DyT",
     "few-0.5-taught": "half of the labels: B0 + DyT, taught on all frames",
-    "record-teacher": "train and val: B2 + DyT, the teacher",
-    "record": "train and val: B0 + DyT + CSKD",
 }
 
 # The README's: the method, its parts, and what the same time buys without a teacher
@@ -61,6 +65,9 @@ PAIRS = (
     ("b0-dyt-zkl", "b0-dyt-fd"),
     ("b0-dyt-kl-two", "b0-dyt-fd"),
     ("b0-dyt-features-first", "b0-dyt-fd"),
+)
+
+FEW_LABELS_PAIRS = (
     ("few-0.25-taught", "few-0.25-alone"),
     ("few-0.5-taught", "few-0.5-alone"),
 )
@@ -97,11 +104,11 @@ def rate_table(results, study):
     return markdown(["learning rate", *columns], rows)
 
 
-def row_table(results, study):
+def row_table(results, study, titles=ROWS):
     """Every row at the rate that was chosen: mean +- standard deviation over seeds -> markdown"""
     head = ["", "learning rate", "steps", "seeds", "mIoU", "mAcc", "aAcc", "val mIoU"]
     rows = []
-    for name, title in ROWS.items():
+    for name, title in titles.items():
         runs = read_row(results / f"{study}-registered" / name)
         if not runs:
             continue
@@ -121,6 +128,16 @@ def row_table(results, study):
 def outcome_table(results, study):
     """The differences in mIoU on test, seed by seed, with the 95 % interval of their mean."""
     return difference_table(results / f"{study}-registered", PAIRS, ROWS)
+
+
+def few_labels_table(results, study):
+    """The rows with a share of the labels, as row_table."""
+    return row_table(results, study, FEW_LABELS)
+
+
+def few_labels_outcome(results, study):
+    """What a teacher of the same few labels is worth, as outcome_table."""
+    return difference_table(results / f"{study}-registered", FEW_LABELS_PAIRS, FEW_LABELS)
 
 
 def summary_table(results, study):

@@ -28,6 +28,12 @@ between
 <!-- end -->
 <!-- study: made -->
 <!-- end -->
+<!-- few labels rows: made -->
+<!-- end -->
+<!-- few labels outcome: made -->
+<!-- end -->
+<!-- record: made -->
+<!-- end -->
 <!-- levers: made -->
 <!-- end -->
 <!-- small rates: made -->
@@ -228,6 +234,19 @@ def test_levers_are_told_from_their_recipes(tmp_path):
          "5,000", "1", "40.00", "-11.00"],
         ["288x384", "gentle (scale 0.75-1.5)", "1.2e-3", "-", "5,000", "1", "70.00", ""],
     ]
+
+
+def test_the_record_has_a_row_a_run_and_no_val_score_of_frames_it_was_trained_on(tmp_path):
+    recipe = {"iters": 6000, "class_weights": "sqrt", "lr": 2.4e-3, "with_val": False}
+    leave(tmp_path / "camvid-record/b0-dyt-fd", 0.5, val=0.6, **recipe)
+    leave(tmp_path / "camvid-record/b0-dyt-fd-with-val", 0.55, val=0.9,
+          **recipe | {"with_val": True})
+    same = ["sqrt", "2.4e-3", "6,000"]
+    assert tables.record(tmp_path / "camvid-short").splitlines()[2:] == [
+        "| " + " | ".join(cells) + " |" for cells in (
+            ["B0 + DyT + CSKD", "train, 367", *same, "50.00", "51.00", "52.00", "60.00", "60.00"],
+            ["B0 + DyT + CSKD", "train and val, 468", *same, "55.00", "56.00", "57.00", "65.00",
+             "-"])]
 
 
 # ---------------------------------------------------------------- reproduce.sh

@@ -86,7 +86,7 @@ def out_of(command):
 
 def test_every_line_of_reproduce_is_a_command_of_train(dry):
     three = {"RATES": "6e-4 1.2e-3 2.4e-3"}
-    commands = dry("short") + dry("levers") + dry("weights")
+    commands = dry("short") + dry("levers") + dry("weights") + dry("record")
     commands += dry("rates", "b2", "b2-dyt", **three)
     commands += dry("registered", "teacher", "second-teacher")
     commands += dry("rates", **three) + dry("registered")
@@ -163,6 +163,42 @@ def test_the_weights_are_of_one_run_on_whole_frames(dry):
     args, _ = train.FLAGS.parse(command[1:])
     assert (args.iters, args.amp, args.crop, args.norm) == (6000, "bf16", [360, 480], "dyt")
     assert args.teacher is None and not args.with_val
+
+
+def test_the_record_is_of_a_teacher_and_of_two_students_that_it_teaches(dry):
+    commands = dry("record")
+    assert [out_of(command) for command in commands] == [
+        "teacher-0", "b0-dyt-fd-0", "b0-dyt-fd-with-val-0"]
+    teacher, student, with_val = (train.FLAGS.parse(command[1:])[0] for command in commands)
+    for args in (teacher, student, with_val):
+        assert (args.amp, args.crop, args.norm) == ("bf16", [360, 480], "dyt")
+        assert args.class_weights == "sqrt"
+    assert (teacher.student, teacher.iters, teacher.teacher) == ("b2", 3000, None)
+    for args in (student, with_val):
+        assert (args.student, args.iters) == ("b0", 6000)
+        assert args.teacher.endswith("runs/camvid-record/teacher-0/last.pth")
+        assert (args.lambda_fd, args.lambda_pe) == (1, 0)
+    assert with_val.with_val and not student.with_val
+
+
+def test_a_row_of_the_record_brings_its_teacher(dry):
+    assert [out_of(command) for command in dry("record", "b0-dyt-fd")] == [
+        "teacher-0", "b0-dyt-fd-0"]
+
+
+def test_with_few_labels_the_student_alone_has_the_time_of_the_one_that_is_taught(dry):
+    small = {"STUDY": "small-bf16"}
+    dry("rates", "b0-dyt", "b0-dyt-fd", **small)
+    commands = dry("registered", "few-0.25", SEEDS="0 1", **small)
+    assert [out_of(command) for command in commands] == [
+        "few-0.25-teacher-0", "few-0.25-alone-0", "few-0.25-alone-1",
+        "few-0.25-taught-0", "few-0.25-taught-1"]
+    parsed = [train.FLAGS.parse(command[1:])[0] for command in commands]
+    assert {args.labelled for args in parsed} == {0.25}
+    assert [args.iters for args in parsed] == [2000, 1576, 1576, 1000, 1000]
+    for args in parsed[3:]:
+        assert args.teacher.endswith("registered/few-0.25-teacher-0/last.pth")
+        assert (args.lambda_kl, args.temperature, args.lambda_fd) == (1, 1, 1)
 
 
 def test_a_row_without_its_rates_is_not_trained(dry):

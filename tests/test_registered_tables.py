@@ -76,8 +76,27 @@ def test_the_readme_has_six_rows_and_holds_them_against_plain_b0(tmp_path):
     ]
 
 
+def test_few_labels_have_tables_of_their_own(tmp_path):
+    runs = tmp_path / f"{STUDY}-registered"
+    leave(runs / "few-0.25-teacher", 0.35, 0, lr=1.2e-3, iters=2000)
+    for seed, (alone, taught) in enumerate(((0.30, 0.33), (0.31, 0.35))):
+        leave(runs / "few-0.25-alone", alone, seed, lr=2.4e-3, iters=1576)
+        leave(runs / "few-0.25-taught", taught, seed, lr=4.8e-3, iters=1000)
+    rows = tables.few_labels_table(tmp_path, STUDY).splitlines()[2:]
+    assert [row.split(" | ")[:4] for row in rows] == [
+        ["| a quarter of the labels: B2 + DyT, the teacher", "1.2e-3", "2,000", "1"],
+        ["| a quarter of the labels: B0 + DyT", "2.4e-3", "1,576", "2"],
+        ["| a quarter of the labels: B0 + DyT, taught on all frames", "4.8e-3", "1,000", "2"],
+    ]
+    (outcome,) = tables.few_labels_outcome(tmp_path, STUDY).splitlines()[2:]
+    assert " | 0, 1 | +3.00, +4.00 | +3.50 | " in outcome
+    assert len(tables.row_table(tmp_path, STUDY).splitlines()) == 2
+    assert len(tables.outcome_table(tmp_path, STUDY).splitlines()) == 2
+
+
 def test_nothing_that_was_not_run_is_in_a_table(tmp_path):
-    for make in (tables.rate_table, tables.row_table, tables.outcome_table, tables.summary_table):
+    for make in (tables.rate_table, tables.row_table, tables.outcome_table, tables.summary_table,
+                 tables.few_labels_table, tables.few_labels_outcome):
         assert len(make(tmp_path, STUDY).splitlines()) == 2       # the head alone
 
 
@@ -88,3 +107,5 @@ def test_every_row_of_the_study_has_its_title():
     assert set(rows + secondary) <= set(tables.ROWS) and set(tables.SUMMARY) <= set(tables.ROWS)
     for name, base in tables.PAIRS:
         assert {name, base} <= set(tables.ROWS)
+    for name, base in tables.FEW_LABELS_PAIRS:
+        assert {name, base} <= set(tables.FEW_LABELS)
