@@ -518,6 +518,8 @@ def open_dataset(spec, split, fold=None, folds=2, transform=None, fold_by=None, 
     """
     if split not in (*SPLITS, "train+val"):
         raise DatasetError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}, train+val")
+    if split == "train+val" and fold is not None:
+        raise DatasetError("train+val is of the data's own splits: a fold has train, val and test")
     dataset = find_dataset(spec)
     if fold is None:
         frames = dataset.join_splits(split.split("+"))

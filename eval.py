@@ -331,6 +331,7 @@ def write_json(networks, dataset, args):
         })
     content = {
         "data": args.data, "split": args.split, "fold": args.fold, "folds": args.folds,
+        "fold_by": args.fold_by,
         "frames": len(dataset), "classes": dataset.classes,
         "resolution": "quarter" if args.quarter else "full", "amp": args.amp,
         **segment_options(args),

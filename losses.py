@@ -161,8 +161,10 @@ def cosine(a, b, dim, eps=1e-8):
 
     A zero vector has no direction: cosine 0 and no gradient, not NaN or 1 / eps.
     """
-    squares = a.square().sum(dim) * b.square().sum(dim)
-    return (a * b).sum(dim) * (squares > eps ** 2) / squares.clamp(min=eps ** 2).sqrt()
+    squares = a.square().sum(dim) * b.square().sum(dim)           # |a|^2 |b|^2
+    has_direction = squares > eps ** 2
+    lengths = squares.clamp(min=eps ** 2).sqrt()                  # |a| |b|
+    return (a * b).sum(dim) * has_direction / lengths
 
 
 @full_precision

@@ -404,7 +404,7 @@ class SegFormer(nn.Module):
         classes       names, one for each class
         palette       (R, G, B), one for each class
         input_size    (H, W) that images were resized to in training
-        trained_on    {"data", "fold", "folds", "fold_by"} of the training
+        trained_on    {"data", "fold", "folds", "fold_by"} of the training, and "with_val"
     """
 
     def __init__(self, variant, num_classes, norm_fn=layer_norm, width=None):
@@ -518,8 +518,8 @@ def check_images(images):
     """Raise ValueError, in a sentence, for images that are not float (B, 3, H, W) in [0, 1].
 
     The values are looked at on a CPU only: a GPU would have to be waited for, and a graph that is
-    being traced has none yet. Resampling may overshoot 1 a little; 0-255 and images that were
-    normalised before are far beyond it.
+    being traced has none yet. Resampling may overshoot 0 and 1 a little; 0-255 and images that
+    were normalised before are far beyond them.
     """
     fits = images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3
     if not fits or min(images.shape[2:]) < SMALLEST:
@@ -529,11 +529,15 @@ def check_images(images):
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if traced or images.device.type != "cpu" or images.numel() == 0:
         return
-    largest = images.detach().amax().item()
+    lowest, largest = (value.item() for value in images.detach().aminmax())
     if largest > 2:
         raise ValueError(
             f"SegFormer takes float images in [0, 1] and normalises them itself, but the largest "
             f"value here is {largest:g}: divide images in 0-255 by 255")
+    if lowest < -1:
+        raise ValueError(
+            f"SegFormer takes float images in [0, 1] and normalises them itself, but the lowest "
+            f"value here is {lowest:g}: leave out the normalisation before it")
 
 
 # ---------------------------------------------------------------- inference: what fold() puts in

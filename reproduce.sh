@@ -18,9 +18,10 @@
 #   SEEDS="0 1 2"
 #   TEACHER=1                           learn from the teacher of that seed (0)
 #   AMP=bf16                            or off, or fp16 (train.py's auto: fp16 on CUDA, else off;
-#                                       levers, rates and registered: bf16)
+#                                       levers, rates, registered, weights and record: bf16;
+#                                       with STUDY=small always off)
 #   RATES="6e-4 9.6e-3"                 the grid of `rates`
-#   LONG=12000                          steps of the registered rows
+#   LONG=12000                          steps of the registered rows (not with STUDY)
 #   FLAGS="--cache DIR --workers 8"     more flags of train.py, for every row
 #   STEPS=2                             of every run: to try this script
 #
@@ -133,12 +134,7 @@ run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
     if cmp -s "$run/scores.csv" "$out/scores.csv"; then
       continue                          # the results are of the run that is here
     fi
-    if [[ " $* " =~ " --teacher runs/$table/"([^/]+)-[0-9]+/ ]]; then
-      local teacher_flags
-      if teacher_flags=$(grep "^${BASH_REMATCH[1]} " <<<"$teachers"); then
-        seeds=${TEACHER:-0} run $teacher_flags
-      fi
-    fi
+    run_its_teacher "$@"
     mkdir -p "$out"
     if [[ -e $run/last.pth ]]; then
       python train.py --resume --out "$run"
@@ -163,6 +159,16 @@ run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
     # scores.csv last: it says that all is there
     cp "$run"/{log.csv,recipe.json,scores.csv} "$out"
   done
+}
+
+run_its_teacher() {  # FLAGS: where they name a teacher_row's run, that one goes first
+  local teacher_name teacher_flags
+  if [[ " $* " =~ " --teacher runs/$table/"([^/]+)-[0-9]+/ ]]; then
+    teacher_name=${BASH_REMATCH[1]}
+    if teacher_flags=$(grep "^$teacher_name " <<<"$teachers"); then
+      seeds=${TEACHER:-0} run $teacher_flags
+    fi
+  fi
 }
 
 score() {  # RUN FLAGS
@@ -275,13 +281,17 @@ if [[ $schedule == rates || $schedule == registered ]]; then
     esac
   }
 
+  TEACHERS=(b2 b2-dyt)
+  if [[ $prefix == camvid-small* ]]; then
+    TEACHERS=()                         # not searched: best_teacher
+  fi
   ROWS=(b0 b0-dyt b0-fd b0-dyt-fd b0-dyt-as-long b0-dyt-as-long-as-both)
   SECONDARY=(b0-dyt-cosine b0-dyt-gcos b0-dyt-cwd b0-dyt-dist b0-dyt-kl b0-dyt-zkl b0-dyt-kl-two)
 fi
 
 # Every row at every rate of the grid, at its own schedule
 if [[ $schedule == rates ]]; then
-  for name in b2 b2-dyt "${ROWS[@]}" "${SECONDARY[@]}"; do
+  for name in "${TEACHERS[@]}" "${ROWS[@]}" "${SECONDARY[@]}"; do
     if is_wanted "$name"; then
       steps=$(steps_of "$name")
       for lr in ${RATES:-6e-4 1.2e-3 2.4e-3 4.8e-3}; do

@@ -240,7 +240,7 @@ class Term(NamedTuple):
 
 SUPERVISION = (
     Term("wce", wce_term, mean_over="class weights"),
-    Term("dice", dice_term, mean_over="images"),
+    Term("dice", dice_term, mean_over="parts with labels"),
     Term("focal", focal_term, mean_over="pixels"),
 )
 DISTILLATION = (
@@ -347,14 +347,16 @@ class Objective(nn.Module):
         Weighted by these numbers, the parts add up to the whole.
         """
         is_labelled = labels != IGNORE
-        weight_of_pixels = self.class_weight[labels[is_labelled].long()].sum()
+        # Not class_weight[labels[is_labelled]]: a GPU would have to tell how many these are first.
+        weight_of_pixels = self.class_weight[labels.where(is_labelled, 0).long()] * is_labelled
         denominators = {
-            "class weights": weight_of_pixels,
+            "class weights": weight_of_pixels.sum(),
             "pixels": is_labelled.sum(),
             "kl pixels": (self.kl_labels(labels) != IGNORE).sum(),
             # Equal parts, so the mean of their values. Exact for means over images; Dice and DIST,
             # which are not, are computed on each part.
-            "images": torch.ones_like(weight_of_pixels),
+            "images": torch.ones((), device=labels.device),
+            "parts with labels": is_labelled.any(),
         }
         return torch.stack([denominators[TERMS[name].mean_over].float() for name in self.weights])
 
@@ -402,7 +404,7 @@ class Run:
     val_set: object = None
     total_batch: int = 0                               # images of a step, over all processes
     start: int = 0                                     # steps that were done before
-    progress: dict | None = None                       # see run_folder.new_progress
+    progress: dict | None = None                       # see training_state.new_progress
     folder: Path | None = None
     batches: object = None                             # iterator over the rest of the stream
     loss_log: LossLog | None = None
@@ -657,7 +659,8 @@ def prepare(args, given, lock, task=None):
 
     train_set, unlabelled_set, val_set = open_splits(args)
     total_batch = args.batch_size * args.accum * world_size()
-    resolve_schedule(args, len(train_set), total_batch)
+    train_frames = len(train_set) + len(unlabelled_set or ())
+    resolve_schedule(args, train_frames, total_batch)
     if saved:
         check_schedule(args, state, total_batch, folder)
         check_same_classes(saved.get("classes"), train_set.classes, folder)

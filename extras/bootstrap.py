@@ -23,11 +23,12 @@ import torch
 
 from data import SPLITS, find_drives, open_dataset
 from eval import confusion_matrix, scores, segment
-from extras.cli import UsageError, add_fold_flags, number, run_command, show_progress
+from extras.cli import NotFinite, UsageError, add_fold_flags, number, run_command, show_progress
 from extras.machine import keep_freed_memory, pick_device
+from extras.outputs import output_file, output_path
 from extras.provenance import check_classes, choose_data, warn_of_leak
 from extras.view_flags import open_model
-from model import write_atomically
+from model import SMALLEST
 
 
 def frame_confusions(model, dataset, progress=None):
@@ -122,7 +123,8 @@ def build_parser():
                         help="consecutive frames that are drawn together (default: 15)")
     parser.add_argument("--draws", type=number(int, 100), default=2000, metavar="N",
                         help="test sets that are drawn (default: 2000)")
-    parser.add_argument("--keep", metavar="FILE", help="write every frame's confusion matrices")
+    parser.add_argument("--keep", metavar="FILE", type=output_path,
+                        help="write every frame's confusion matrices")
     parser.add_argument("--device", default="auto")
     return parser
 
@@ -138,17 +140,22 @@ def main():
     models = {name: open_model(name, None, device) for name in names}
     choose_data(args, models)
     dataset = open_dataset(args.data, args.split, args.fold, args.folds, fold_by=args.fold_by)
+    sizes = [model.input_size for model in models.values()]
+    dataset.quick_check(smallest=SMALLEST if None in sizes else 1)
     confusions = {}
     for name, model in models.items():
         check_classes(model, name, dataset)
         warn_of_leak(model, name, args)
-        confusions[name] = frame_confusions(model, dataset, show_progress(name))
+        try:
+            confusions[name] = frame_confusions(model, dataset, show_progress(name))
+        except NotFinite as error:
+            raise UsageError(f"{name}: {error}") from None
 
     print(f"{dataset.name} {args.split}, {len(dataset)} frames, full resolution")
     print_drives(names, confusions, dataset.stems)
     print_differences(names, confusions, dataset.stems, args)
     if args.keep:
-        with write_atomically(args.keep) as file:
+        with output_file(args.keep) as file:
             np.savez_compressed(file, frames=np.array(dataset.stems), **confusions)
         print(f"every frame's confusion matrices: {args.keep}")
 

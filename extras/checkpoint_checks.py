@@ -166,14 +166,15 @@ def is_colour(value):
 
 
 def is_origin(value):
-    """None, or the flags --data, --fold, --folds and --fold-by of a training."""
+    """None, or the flags --data, --fold, --folds, --fold-by and --with-val of a training."""
     if value is None:
         return True
     if not isinstance(value, dict):
         return False
     texts = [value.get(name) for name in ("data", "fold_by")]
     numbers = [value.get(name) for name in ("fold", "folds")]
-    return all(map(is_short_text, texts)) and all(map(is_small_number, numbers))
+    is_switch = type(value.get("with_val", False)) is bool
+    return all(map(is_short_text, texts)) and all(map(is_small_number, numbers)) and is_switch
 
 
 def is_short_text(value):

@@ -42,6 +42,15 @@ def broadcast_buffers(model):
             dist.broadcast(buffer, 0)
 
 
+def of_first_process(value):
+    """-> what the first process has as `value`, the same in every one."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def is_started_by_torchrun():
     return "RANK" in os.environ
 

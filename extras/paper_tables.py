@@ -7,9 +7,10 @@
 
 A mark is a line `<!-- NAME: ... -->`, and its table ends at the next `<!-- end -->`.
 
-No number in these tables is ever typed. A row that was not run is named below its table. A cell
-over several seeds is mean +- standard deviation (n - 1), and a difference to B0 is taken seed by
-seed; which plain B0 a row is held against is said at `baseline`, and below the table.
+No number in these tables is ever typed. A row of Table 2 or of the KL study that was not run is
+named below its table. A cell over several seeds is mean +- standard deviation (n - 1), and a
+difference to B0 is taken seed by seed; which plain B0 a row is held against is said at `baseline`,
+and below the table.
 """
 
 import argparse
@@ -102,13 +103,13 @@ PAIRS = (
 STUDY = {"b0": "B0", "kl-1.0": "KL, w = 1.0", "kl-0.5": "KL, w = 0.5", "b2": "B2, the teacher"}
 STUDY_FOLDS = {"drive": "folds of whole drives", "shuffle": "folds of shuffled frames, which leak"}
 
-# The best that we can: (folder of the row, its title, its labelled frames)
-RECORD = (
-    ("camvid-weights/b0-dyt", "B0 + DyT, no teacher", "train, 367"),
-    ("camvid-record/teacher", "B2 + DyT, the teacher", "train, 367"),
-    ("camvid-record/b0-dyt-fd", "B0 + DyT + CSKD", "train, 367"),
-    ("camvid-record/b0-dyt-fd-with-val", "B0 + DyT + CSKD", "train and val, 468"),
-)
+# The best that we can: {folder of the row: its title}
+RECORD = {
+    "camvid-weights/b0-dyt": "B0 + DyT, no teacher",
+    "camvid-record/teacher": "B2 + DyT, the teacher",
+    "camvid-record/b0-dyt-fd": "B0 + DyT + CSKD",
+    "camvid-record/b0-dyt-fd-with-val": "B0 + DyT + CSKD",
+}
 
 FIGURES = ("b0", "b0-kd", "b0-df", "b0-dyt")                      # the paper's four
 
@@ -353,12 +354,13 @@ def record(folder):
     head = ["", "labelled frames", "class weights", "learning rate", "steps",
             "mIoU", "mAcc", "aAcc", "mIoU at a quarter", "val mIoU"]
     rows = []
-    for name, title, frames in RECORD:
+    for name, title in RECORD.items():
         for run in read_row(folder.parent / name):
             trained_on_val = run.recipe["with_val"]
+            splits = "train and val" if trained_on_val else "train"
             rows.append([
                 title,
-                frames,
+                f"{splits}, {run.recipe['train_frames']}",
                 run.recipe["class_weights"],
                 format_rate(run.recipe["lr"]),
                 f"{steps([run]):,}",

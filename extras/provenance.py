@@ -1,7 +1,7 @@
 """What a checkpoint was trained on, and whether it may be scored, or teach, on the data at hand.
 
-A checkpoint carries the names of its classes and `trained_on`: the flags --data, --fold, --folds
-and --fold-by of its training. They answer three questions:
+A checkpoint carries the names of its classes and `trained_on`: the flags --data, --fold, --folds,
+--fold-by and --with-val of its training. They answer three questions:
 
     check_classes(model, path, dataset)    are its classes the data's? else an error
     warn_of_leak(model, path, args)        has it seen frames that are held out now? then a warning

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 import time
 
@@ -11,7 +12,7 @@ import torch
 from extras.cli import NotFinite
 from extras.comparison import draw_comparison, spread_indices
 from extras.crop_advice import describe_padding, worked_sizes
-from extras.distributed import rank, world_size
+from extras.distributed import of_first_process, rank, world_size
 from extras.fit_log import FitLog
 from extras.machine import cpu_has_bf16, device_name
 from extras.outputs import save_picture, write_text
@@ -30,17 +31,24 @@ MAX_SKIPS = 20                                         # in a row that fp16's sc
 
 def open_run_folder(run, lock):
     """Make the folder of a new run, and `lock` it; write and print what is going to happen."""
-    if rank() > 0:
-        return
-    if run.folder is None:
+    if run.folder is None and rank() == 0:
         run.folder = choose_folder(run.args, lock)
-    recipe = write_recipe(run)
-    print_recipe(run, recipe)
+    run.folder = of_first_process(run.folder)
+    if rank() == 0:
+        recipe = write_recipe(run)
+        print_recipe(run, recipe)
 
 
 def write_recipe(run):
-    """recipe.json: the effective flags, the data, the machine and the versions. -> the recipe"""
+    """recipe.json: the effective flags, the data, the machine and the versions. -> the recipe
+
+    A run that goes on keeps the command that began it; each later one that trained a part of it
+    stands in "resumed", with the step that it went on from.
+    """
     args = run.args
+    path = run.folder / "recipe.json"
+    begun = read_begun(path) if run.start else None
+    here = describe_call(run.device)
     recipe = vars(args) | relative_paths(vars(args))
     recipe.update(
         out=str(run.folder),
@@ -54,15 +62,41 @@ def write_recipe(run):
         val_frames=len(run.val_set),
         input_size=run.student.input_size,
         parameters=sum(parameter.numel() for parameter in run.student.parameters()),
-        device_used=str(run.device),
-        device_name=device_name(run.device),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        commit=git_commit(),
-        command=" ".join(sys.argv),
     )
-    write_text(run.folder / "recipe.json", json.dumps(recipe, indent=1))
+    if begun is None:
+        recipe.update(here)
+    else:
+        recipe.update({name: begun.get(name) for name in here})
+        recipe["resumed"] = begun.get("resumed", [])
+        if run.start < args.iters:
+            recipe["resumed"].append({"from_step": run.start, **here})
+    write_text(path, json.dumps(recipe, indent=1))
     return recipe
+
+
+def describe_call(device):
+    """The command, its code and its machine."""
+    return {
+        "device_used": str(device),
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": git_commit(),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def read_begun(path):
+    """-> the recipe of the run that goes on, or None where there is none that can be read."""
+    if not path.is_file():                             # to open a pipe would wait
+        return None
+    try:
+        recipe = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    is_recipe = (isinstance(recipe, dict) and "command" in recipe
+                 and isinstance(recipe.get("resumed", []), list))
+    return recipe if is_recipe else None
 
 
 def advise_precision(amp, device):

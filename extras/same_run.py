@@ -75,15 +75,19 @@ def merge_resumed_flags(no_flags, state, given):
 
     no_flags: every flag, None (an older run lacks newer ones); state: of the run's last.pth; given:
     those given now, of which only MAY_CHANGE may differ, the teacher's path where its content is
-    known, and the folder of a teacher's answers where there is one. Raises UsageError.
+    known, and so the data's folder, and the folder of a teacher's answers where there is one.
+    Raises UsageError.
     """
     stored = absolute_paths(state["args"])
-    knows_teacher = bool((state.get("origin") or {}).get("teacher"))
+    origin = state.get("origin") or {}
+    knows_teacher = bool(origin.get("teacher"))
+    knows_data = bool(origin.get("train"))
     merged = no_flags | stored
     for name, value in absolute_paths(given).items():
         is_moved_teacher = name in TEACHERS and stored.get(name) and knows_teacher
         is_moved_cache = name == "teacher_cache" and stored.get(name)
-        if name in MAY_CHANGE or is_moved_teacher or is_moved_cache:
+        is_moved_data = name == "data" and knows_data and is_same_kind(value, stored[name])
+        if name in MAY_CHANGE or is_moved_teacher or is_moved_cache or is_moved_data:
             merged[name] = value
         elif name == "amp" and value == "auto":
             continue
@@ -97,7 +101,16 @@ def merge_resumed_flags(no_flags, state, given):
             flag = name.replace("_", "-")
             raise UsageError(f"the run's {words} is not at {merged[name]} any more: "
                              f"add --{flag} FILE to say where it is now")
+    kind, _, folder = merged["data"].partition(":")
+    if folder and knows_data and not os.path.exists(folder):
+        raise UsageError(f"the run's data is not at {folder} any more: "
+                         f"add --data {kind}:DIR to say where it is now")
     return merged
+
+
+def is_same_kind(spec, other):
+    """Are two --data of one kind, such as "camvid:DIR"?"""
+    return spec.partition(":")[0] == other.partition(":")[0]
 
 
 def check_schedule(args, state, total_batch, folder):

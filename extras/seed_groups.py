@@ -20,7 +20,7 @@ from extras.cli import UsageError
 # Of a recipe: what may differ between the seeds of one row.
 FREE = ("seed", "out", "command", "commit", "cache", "workers", "tensorboard", "resume", "device",
         "device_used", "device_name", "threads", "torch", "compile", "eval_every", "fit_log",
-        "teacher", "second_teacher", "teacher_cache", "class_weight", "processes")
+        "teacher", "second_teacher", "teacher_cache", "class_weight", "processes", "resumed")
 
 
 @dataclass

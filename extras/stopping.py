@@ -24,11 +24,11 @@ import torch.distributed as dist
 
 from data import DatasetError
 from extras.cli import ProcessLost, Stopped, UsageError, interrupt, is_out_of_memory
-from extras.distributed import all_reduce
+from extras.distributed import all_reduce, rank
 from extras.run_lock import close_in_worker
 
-SIGHUP = getattr(signal, "SIGHUP", None)               # Windows has neither
-OUTPUT_LOST = getattr(signal, "SIGPIPE", signal.SIGTERM)
+SIGHUP = getattr(signal, "SIGHUP", None)               # Windows has none
+OUTPUT_LOST = 1000                                     # no signal has this number
 ENDINGS = {                                            # {signal: (its name, the exit code)}
     signal.SIGTERM: ("SIGTERM", 0),
     SIGHUP: ("SIGHUP", 0),
@@ -54,10 +54,11 @@ class Stop:
         sys.stdout = self.output
         if not in_main_thread():
             return self
-        for number in (signal.SIGTERM, signal.SIGINT, SIGHUP):
-            is_ignored = number == SIGHUP and signal.getsignal(SIGHUP) == signal.SIG_IGN
-            if number is not None and not is_ignored:
-                self.handlers_before[number] = signal.signal(number, self.note)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
+            numbers.append(SIGHUP)
+        for number in numbers:
+            self.handlers_before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *error):
@@ -159,9 +160,11 @@ def keep_what_was_done(run, step, stop, save):
         keep()
         if stop.signal_number:                         # the signal reached the worker first
             raise stopped(stop.signal_number, step, run) from None
+        # Under torchrun only the first process writes, and it hears of this in the middle of a
+        # step: what stands in the folder then is of the last validation.
+        kept = "what was done is saved" if rank() == 0 else "what was saved last is"
         raise ProcessLost("a process that reads data ended by itself, perhaps for lack of memory: "
-                          f"fewer --workers may help; what was done is saved in {run.folder}"
-                          ) from None
+                          f"fewer --workers may help; {kept} in {run.folder}") from None
 
 
 def is_lost_worker(error):

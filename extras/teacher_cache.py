@@ -103,7 +103,9 @@ class TeacherCache:
         size = 0
         for maps in answer.values():
             size += sum(each.nbytes for each in maps)
-        there = sum(path.stat().st_size for path in self.folder.glob("*.npz"))
+        there = 0
+        for part in self.parts:
+            there += sum(path.stat().st_size for path in self.folder.glob(f"*.{part}.npz"))
         free = shutil.disk_usage(self.folder).free + there
         words = (f"what the teacher says of {self.images} images takes {size / MIB:.1f} MiB each, "
                  f"{self.images * size / MIB:.0f} MiB")

@@ -210,6 +210,9 @@ class TrainFlags:
                    "--data camvid:DIR --help shows those of CamVid.",
             argument_default=argument_default)
         defaults = self.defaults_for(kind)
+        if "iters" in defaults:                                   # they say the same thing
+            del defaults["epochs"]
+        defaults.setdefault("eval_every", "a fortieth of the run")
 
         def add(flag, help, **options):
             default = defaults.get(flag.strip("-").replace("-", "_"))
@@ -296,8 +299,8 @@ def add_experiment_flags(add):
     add("--student", "the network to train", choices=SIZES)
     add("--data", "toy, camvid:DIR, cityscapes:DIR or folder:DIR")
     add("--out", "the run's folder (default: runs/DATA-STUDENT, numbered)", metavar="DIR")
-    add("--iters", "optimizer steps; without it --epochs decides", type=POSITIVE_INTEGER)
-    add("--epochs", "passes over the data, when --iters is not given", type=POSITIVE_INTEGER)
+    add("--iters", "optimizer steps", type=POSITIVE_INTEGER)
+    add("--epochs", "passes over the data, in place of --iters", type=POSITIVE_INTEGER)
     add("--batch-size", "images per process and forward pass", type=POSITIVE_INTEGER)
     add("--size", "resize frames to this before the augmentation, and for scoring (default: CamVid "
         "288 384, Cityscapes 512 1024, else as they are)", type=SIDE, nargs=2, metavar=("H", "W"))
@@ -324,8 +327,7 @@ def add_machine_flags(add, add_switch):
     add("--cache", "keep decoded frames there, 4 bytes per pixel, shared by all workers and runs "
         "(default: decode each time)", metavar="DIR")
     add("--seed", "of weights, order, augmentation and dropout", type=number(int, 0, 2 ** 31))
-    add("--eval-every", "steps between validations and checkpoints; without it a fortieth of the "
-        "run", type=POSITIVE_INTEGER)
+    add("--eval-every", "steps between validations and checkpoints", type=POSITIVE_INTEGER)
     add_switch("--tensorboard", "also write scalars and pictures for TensorBoard to the run's "
                "folder")
     add_switch("--resume", "go on with the run in --out, or the newest under runs/")

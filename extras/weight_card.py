@@ -1,9 +1,9 @@
 """The card of published weights: what they are, what they score, and numbers to check them by.
 
-    python -m extras.weight_card weights/camvid-b0.pth --data camvid:DIR \\
-        --runs results/weights/small results/weights/native
+    python -m extras.weight_card weights/camvid-b0-dyt.pth --data camvid:DIR \\
+        --runs results/camvid-weights/b0-dyt/0
 
-writes weights/camvid-b0.md. --runs: what the trainings left (recipe.json), the first one first.
+writes weights/camvid-b0-dyt.md. --runs: what the trainings left (recipe.json), the first one first.
 
 Two tables of the card are read again by tests/test_weights.py, on every machine: the mIoU of some
 frames of val, where the data is there, and what the network says of toy scenes, which need no data.

@@ -62,6 +62,14 @@ def test_command_prints_drives_and_keeps_frames(tmp_path):
         assert len(file["frames"]) == 5 and file[str(a)].shape == (5, 3, 3)
     assert "give two at least" in command("-m", "extras.bootstrap", a, code=2)
 
+    output = command("-m", "extras.bootstrap", a, b, *flags, "--keep", tmp_path / "no/x", code=2)
+    assert f"there is no folder {tmp_path / 'no'}" in output
+    broken = segformer("b0", 3)
+    torch.nn.init.constant_(broken.decoder.classifier.bias, torch.nan)
+    save_checkpoint(broken, tmp_path / "nan.pth")
+    output = command("-m", "extras.bootstrap", a, tmp_path / "nan.pth", *flags, code=2)
+    assert f"{tmp_path / 'nan.pth'}: the network's output is not finite" in output
+
 
 @pytest.mark.parametrize("stems, drives", [(["d1_1", "d1_2", "d2_1"], ["d1", "d2"])])
 def test_drives_are_scored_apart(stems, drives, capsys):

@@ -298,6 +298,12 @@ def test_folds_are_whole_drives_where_stems_tell(tmp_path):
         open_dataset(spec, "val", fold=0, folds=4)
 
 
+def test_train_and_val_together_are_of_the_datas_own_splits():
+    assert len(open_dataset("toy", "train+val")) > len(open_dataset("toy", "train"))
+    with pytest.raises(DatasetError, match="a fold has train, val and test"):
+        open_dataset("toy", "train+val", fold=0)
+
+
 def test_frames_without_drives_make_no_folds_of_drives():
     """Or every frame would be a drive, its neighbours elsewhere."""
     open_dataset("toy", "val", fold=0)

@@ -287,6 +287,7 @@ def test_without_data_a_checkpoint_is_scored_on_what_it_was_trained_on(folder, t
     assert "warning" not in output
     content = json.loads((tmp_path / "s.json").read_text())
     assert (content["data"], content["fold"], content["folds"]) == (folder, 1, 3)
+    assert content["fold_by"] == "block"
     dataset = open_dataset(folder, "val", 1, 3, fold_by="block")
     expected = evaluate(load_checkpoint(path).fold(), dataset)
     assert content["checkpoints"][0]["confusion"] == expected.tolist()

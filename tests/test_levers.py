@@ -1,5 +1,7 @@
 """What train.py offers beside the paper: averaged weights, few labels, other losses and weights."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from extras.cli import UsageError
 from extras.few_labels import Unlabelled, first_of_each_drive, labels_for_kl, split_labelled
 from extras.starting_weights import make_student
 from extras.weight_average import WeightAverage
+from losses import dice_loss
 from model import load_checkpoint, save_checkpoint, segformer
 
 SOME = ("--lambda-fd", 0, "--lambda-pe", 0)                       # then only what is named
@@ -147,6 +150,33 @@ def test_with_a_teacher_half_of_each_batch_has_labels(tmp_path, folder, teacher,
     counted = labels != IGNORE
     counted[1] = True
     assert float(log(out)[0]["kl"]) == pytest.approx(pixel[counted].mean().item(), rel=1e-4)
+
+
+def test_epochs_are_passes_over_labelled_and_unlabelled_frames(tmp_path, folder, teacher, capsys):
+    result = train_with("--data", folder, *SMALL, "--epochs", 2, "--labelled", 0.5,
+                        "--teacher", teacher, "--out", tmp_path / "run")
+    recipe = json.loads((result.folder / "recipe.json").read_text())
+    assert recipe["train_frames"] + recipe["unlabelled_frames"] == 5
+    assert recipe["iters"] == 5                                   # 2 * 5 frames, 2 a step
+    assert "5 steps of 2 images" in capsys.readouterr().out
+
+
+def test_dice_of_a_part_without_labels_has_no_weight(tmp_path, folder, teacher):
+    """--accum 2 of single images: of each pair one has labels."""
+    flags = ("--data", folder, *SMALL, "--batch-size", 1, "--accum", 2, "--labelled", 0.5,
+             "--teacher", teacher, *SOME, "--lambda-kl", 1, "--loss", "wce-dice")
+    args, given = train.FLAGS.parse([str(f) for f in (*flags, "--out", tmp_path / "run")])
+    run = train.prepare(args, given, train.RunLock())
+    images, labels = next(run.batches)
+    has_labels = (labels != IGNORE).flatten(1).any(1)
+    assert has_labels.tolist() == [True, False]
+    run.objective.eval()                                          # no drop-path: the same twice
+    images = images.float() / 255
+    with torch.no_grad():
+        alone = dice_loss(run.student(images[:1]), labels[:1]).item()
+    values = train.train_step(run, images, labels)
+    place = list(run.objective.weights).index("dice")
+    assert values[place].item() == pytest.approx(alone, rel=1e-5)
 
 
 def test_without_a_teacher_only_labelled_frames_are_trained_on(tmp_path, folder, monkeypatch):

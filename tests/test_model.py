@@ -306,6 +306,8 @@ def test_images_in_0_to_255_are_a_sentence(folded):
     images = torch.rand(1, 3, 64, 64)
     with pytest.raises(ValueError, match="divide images in 0-255 by 255"):
         network(images * 255)
+    with pytest.raises(ValueError, match="leave out the normalisation before it"):
+        network((0.8 * images - 0.45) / 0.225)                    # at most 1.6: not beyond 2
     for fine in (images * 1.1 - 0.05, images.bfloat16().float(), images * torch.nan):
         network(fine)                                             # resampling overshoots a little
     exported = torch.export.export(network, (images,)).module()

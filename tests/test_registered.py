@@ -136,6 +136,7 @@ def test_the_small_study_is_in_fp32_with_kept_answers_and_in_folders_of_its_own(
         assert bool(args.teacher_cache) == bool(args.teacher) == ("dyt-fd" in args.out)
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "camvid-small-rates", "camvid-small-registered"]
+    assert dry("rates", "b2", "b2-dyt", **small) == []      # its teacher's rate is not searched
     both = dry("rates", "b0-dyt-as-long-as-both", **small)
     assert {command[command.index("--iters") + 1] for command in both} == {"5918"}
     dry("levers", code=2, **small)

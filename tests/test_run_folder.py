@@ -2,6 +2,7 @@
 its own files is written.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -153,11 +154,54 @@ def test_a_relative_path_is_the_same_data_from_every_folder(tmp_path, monkeypatc
     train_with("--resume", "--out", home / "run", "--iters", 2)
     args = torch.load(home / "run" / "last.pth", weights_only=True)["training"]["args"]
     assert args["data"] == f"folder:{home / 'set'}"
-    with pytest.raises(UsageError, match="--data folder:.*other/set differs"):
+    with pytest.raises(UsageError, match="train frames of folder:.*other/set are 3 now"):
         train_with("--resume", "--out", home / "run", "--data", "folder:set")
 
     monkeypatch.chdir(home)
     train_with("--resume", "--out", "run", "--data", "folder:set", "--iters", 3)
+
+
+def test_data_that_was_moved_goes_on_to_the_bit(run, original):
+    moved = run.parent / "elsewhere"
+    shutil.move(run.parent / "set", moved)
+    with pytest.raises(UsageError, match="the run's data is not at .*set any more: add --data"):
+        resume(run)
+    with pytest.raises(UsageError, match="--data toy differs"):
+        resume(run, "--data", "toy")
+
+    resume(run, "--data", f"folder:{moved}")
+    again = original.parent / "beside"
+    shutil.copytree(original, again)
+    resume(again)
+    assert rows(run) == rows(again)
+    args = torch.load(run / "last.pth", weights_only=True)["training"]["args"]
+    assert args["data"] == f"folder:{moved}"
+
+
+# ---------------------------------------------------------------- its recipe
+
+def test_a_recipe_keeps_the_command_that_began_the_run(run, monkeypatch):
+    path = run / "recipe.json"
+    begun = json.loads(path.read_text()) | {"command": "train.py --seed 0", "commit": "abc1234"}
+    path.write_text(json.dumps(begun))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", "a folder"])
+    resume(run)
+    recipe = json.loads(path.read_text())
+    assert (recipe["command"], recipe["commit"]) == ("train.py --seed 0", "abc1234")
+    assert recipe["iters"] == 3
+    (part,) = recipe["resumed"]
+    assert part["from_step"] == 2 and part["command"] == "train.py --resume --out 'a folder'"
+
+    resume(run)                                        # it has ended: nothing more is trained
+    assert json.loads(path.read_text())["resumed"] == [part]
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "no JSON", '{"command": "x", "resumed": 5}'])
+def test_a_run_whose_recipe_was_damaged_goes_on_with_a_new_one(run, content):
+    (run / "recipe.json").write_text(content)
+    resume(run)
+    recipe = json.loads((run / "recipe.json").read_text())
+    assert recipe["iters"] == 3 and recipe["torch"] == torch.__version__
 
 
 # ---------------------------------------------------------------- best.pth

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -162,6 +163,29 @@ def test_under_nohup_sighup_is_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_machine_without_sighup_stops_too(monkeypatch):
+    monkeypatch.setattr(stopping, "SIGHUP", None)      # Windows
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping.Stop() as stop:
+        stop.note(signal.SIGTERM, None)
+        assert stop.asked("cpu", False) == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_under_torchrun_only_the_first_process_says_that_it_has_saved(monkeypatch):
+    loss_log = types.SimpleNamespace(flush=lambda: None)
+    run = types.SimpleNamespace(start=0, folder="runs/x", loss_log=loss_log)
+
+    def save(run, step):
+        pass
+
+    for number, words in ((0, "what was done is saved in"), (1, "what was saved last is in")):
+        monkeypatch.setattr(stopping, "rank", lambda number=number: number)
+        reading = stopping.keep_what_was_done(run, 1, stopping.Stop(), save)
+        with pytest.raises(ProcessLost, match=f"{words} runs/x"), reading:
+            raise EOFError
 
 
 # `python train.py ARGS...`, where Ctrl-C is pressed twice while step 2 is being saved.

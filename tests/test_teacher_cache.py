@@ -163,6 +163,17 @@ def test_no_room_is_known_at_the_first_image(tmp_path, monkeypatch):
                                          r"MiB each, \d+ MiB; .* has room for \d+ MiB"):
         make_cache(tmp_path, Asked(), images=1_000_000_000).ask(whole_images(1))
 
+    # The answers of another part are no room for this one.
+    other = make_cache(tmp_path, Asked())
+    (other.folder / "x.stages.npz").write_bytes(bytes(10 ** 6))
+    disk = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
+    with pytest.raises(UsageError, match="has room for 0 MiB"):
+        make_cache(tmp_path, Asked(), parts={"logits"}).ask(whole_images(1))
+    make_cache(tmp_path, Asked(), parts={"stages"}).check_room({"stages": [torch.zeros(1000)]})
+    (other.folder / "x.stages.npz").unlink()
+    monkeypatch.undo()
+
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
