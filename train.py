@@ -75,7 +75,7 @@ from extras.memory import check_memory, check_shared_memory
 from extras.pixel_counts import cached_pixel_counts
 from extras.provenance import check_classes, check_finite, warn_of_leak
 from extras.resuming import go_on_from, resumed_flags
-from extras.run_data import make_loader, open_splits, resolve_schedule
+from extras.run_data import count_frames, make_loader, open_splits, resolve_schedule
 from extras.run_folder import (
     find_run,
     is_restart_of,
@@ -659,8 +659,7 @@ def prepare(args, given, lock, task=None):
 
     train_set, unlabelled_set, val_set = open_splits(args)
     total_batch = args.batch_size * args.accum * world_size()
-    train_frames = len(train_set) + len(unlabelled_set or ())
-    resolve_schedule(args, train_frames, total_batch)
+    resolve_schedule(args, count_frames(train_set, unlabelled_set), total_batch)
     if saved:
         check_schedule(args, state, total_batch, folder)
         check_same_classes(saved.get("classes"), train_set.classes, folder)
@@ -715,9 +714,7 @@ def open_teacher(run):
     args, objective = run.args, run.objective
     if not args.teacher_cache:
         return
-    frames = len(run.train_set)
-    if run.unlabelled_set is not None:
-        frames += len(run.unlabelled_set)
+    frames = count_frames(run.train_set, run.unlabelled_set)
     run.teacher_cache = TeacherCache(
         args.teacher_cache,
         ask=lambda images: objective.ask_teacher(run.teacher, images),

@@ -88,18 +88,10 @@ def format_mious(vals):
 
 
 def format_gain(levers, plain):
-    """-> "+1.20": how far the row is above the plain one, over the seeds that both have."""
+    """-> "+1.20": how far the row's mean is above that of the plain one."""
     if plain is None or plain is levers:
         return ""
-    val_of_plain = {lever.recipe["seed"]: lever.val for lever in plain}
-    gains = []
-    for lever in levers:
-        seed = lever.recipe["seed"]
-        if seed in val_of_plain:
-            gains.append(lever.val - val_of_plain[seed])
-    if not gains:
-        return ""
-    return f"{100 * statistics.mean(gains):+.2f}"
+    return f"{100 * (mean_val(levers) - mean_val(plain)):+.2f}"
 
 
 def mean_val(levers):

@@ -141,7 +141,8 @@ def few_labels_outcome(results, study):
 
 
 def summary_table(results, study):
-    """The README's rows on test: what they score, and how far they are from the plain B0."""
+    """The README's rows on test: what they score, and how far the students are from the plain B0.
+    """
     base = read_row(results / f"{study}-registered" / "b0")
     rows = []
     for name in SUMMARY:
@@ -154,6 +155,6 @@ def summary_table(results, study):
             f"{steps(runs):,}",
             str(len(runs)),
             spread(run.full["miou"] for run in runs),
-            "" if name == "b0" else difference(runs, base),
+            "" if name in ("b0", "teacher") else difference(runs, base),
         ])
     return markdown(["", "learning rate", "steps", "seeds", "mIoU", "to B0"], rows)

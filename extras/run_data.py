@@ -31,6 +31,13 @@ def open_splits(args):
     return train_set, unlabelled_set, val_set
 
 
+def count_frames(train_set, unlabelled_set):
+    """How many frames a pass over the data has, with those that the teacher alone labels."""
+    if unlabelled_set is None:
+        return len(train_set)
+    return len(train_set) + len(unlabelled_set)
+
+
 def resolve_schedule(args, train_frames, total_batch):
     """Fill in what depends on the data: --iters from --epochs, and --eval-every."""
     if not args.iters:
