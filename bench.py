@@ -54,7 +54,7 @@ TABLE_2 = (                                                       # network, var
     ("+ Tanh + Linear", "b0", "dyt-dyl"),
 )
 SCALES = ((256, 256), (256, 512), (512, 512), (512, 1024), (1024, 1024), (1024, 2048))
-REFERENCE_SCALE = (512, 1024)                                     # the paper's
+PAPER_SIZE = (512, 1024)
 
 
 # ---------------------------------------------------------------- model: the paper's Table 2
@@ -193,7 +193,7 @@ def bench_scaling(options):
                      "attention_1_ns": first, "attention_2_to_4_ns": others,
                      "rest_ns": ns_per_pixel - first - others,
                      "peak_bytes": whole.peak, "round_seconds": whole.rounds})
-    reference = rows[SCALES.index(REFERENCE_SCALE)]["rest_ns"]
+    reference = rows[SCALES.index(PAPER_SIZE)]["rest_ns"]
     for row in rows:
         row["rest_to_512x1024"] = row["rest_ns"] / reference
     print_scaling(rows)
@@ -220,7 +220,6 @@ def print_scaling(rows):
 # ---------------------------------------------------------------- the command
 
 SUBJECTS = ("model", "scaling", "peer", "step", "teacher", "losses", "data", "runtimes")
-DEFAULT_SIZE = (512, 1024)                                        # the paper's
 
 
 def run_subject(name, options):
@@ -307,7 +306,7 @@ def main():
         parser.error(f"--clock cpu is for runtimes and files, not for {', '.join(sorted(others))}")
     device = pick_device(args.device)
     dtype = AMP_DTYPES.get(args.dtype, torch.float32)
-    size = tuple(args.size or DEFAULT_SIZE)
+    size = tuple(args.size or PAPER_SIZE)
     options = Options(size, args.batch, args.rounds, device, dtype, args.classes,
                       args.compile, args.data, checkpoint, args.size is not None, args.clock)
     args.size = list(size)

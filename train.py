@@ -813,6 +813,7 @@ def make_stream(run):
     stream = Stream(run.train_set, augment, args.seed)
     if run.unlabelled_set is None:
         return stream
+    # Of the same seed: a labelled frame and the next unlabelled one are flipped and scaled alike.
     others = Stream(Unlabelled(run.unlabelled_set), augment, args.seed)
     return MixedStream(stream, others)
 

@@ -3,11 +3,11 @@
 Made by `python -m extras.paper_tables`, as all tables of docs/RESULTS.md.
 """
 
-import csv
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+
+from extras.result_rows import read_csv, read_json
 
 AUGMENTATIONS = {
     ("plain", 0.5, 2.0): "resize and flip",
@@ -35,9 +35,8 @@ def read_levers(folder):
     """-> {name of the row: [Lever], one a seed}, of the runs that ended."""
     found = {}
     for path in sorted(Path(folder).glob("*/*/scores.csv")):
-        recipe = json.loads((path.parent / "recipe.json").read_text())
-        validations = list(csv.DictReader(path.read_text().splitlines()))
-        last = validations[-1]
+        recipe = read_json(path.parent / "recipe.json")
+        last = read_csv(path)[-1]
         if int(last["step"]) == recipe["iters"]:
             lever = Lever(recipe, float(last["miou"]))
             found.setdefault(path.parent.parent.name, []).append(lever)

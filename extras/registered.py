@@ -11,14 +11,13 @@ training.
 """
 
 import argparse
-import csv
-import json
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from extras.cli import UsageError, run_command
+from extras.result_rows import read_csv, read_json
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Rate:
 def read_table(path):
     """-> [{column: text}] of a CSV file. Raises UsageError."""
     try:
-        return list(csv.DictReader(path.read_text().splitlines()))
+        return read_csv(path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
@@ -85,7 +84,7 @@ def matched_steps(folder, row, other, more=()):
     Both at their best rate, seed 0, as they were timed.
     """
     run = best_rate(folder, [row]).folder / "0"
-    steps = json.loads((run / "recipe.json").read_text())["iters"]
+    steps = read_json(run / "recipe.json")["iters"]
     seconds = seconds_of(best_rate(folder, [other]).folder / "0")
     for each in more:
         seconds += seconds_of(each)

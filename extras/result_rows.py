@@ -34,6 +34,11 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
+def read_csv(path):
+    """-> [{column: text}]"""
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def read_scores(path):
     """The scores of the one checkpoint in a file of eval.py --json."""
     return read_json(path)["checkpoints"][0]
@@ -44,7 +49,7 @@ def read_row(folder, has_quarter=True):
     runs = []
     finished = folder.glob("*/scores.csv")                        # reproduce.sh writes it last
     for seed in sorted(path.parent for path in finished):
-        validations = list(csv.DictReader((seed / "scores.csv").read_text().splitlines()))
+        validations = read_csv(seed / "scores.csv")
         runs.append(Run(
             folder=seed,
             recipe=read_json(seed / "recipe.json"),

@@ -48,12 +48,10 @@ class TrainFlags:
         """-> (args: every flag, {name: value} of those that were given). Raises UsageError."""
         kind = self.data_kind(argv)
         given = vars(self.build_parser(kind).parse_args(argv))
-        args = argparse.Namespace(**self.all_flags())
-        vars(args).update(self.defaults_for(kind))
-        vars(args).update(given)
-        self.check(args, given)
+        flags = self.all_flags() | self.defaults_for(kind) | given      # the later ones win
+        self.check(argparse.Namespace(**flags), given)                  # paths as they were typed
         given = absolute_paths(given)
-        vars(args).update(given)
+        args = argparse.Namespace(**(flags | given))
 
         if "epochs" in given:
             args.iters = None                                     # the data set's would overrule it
