@@ -211,13 +211,13 @@ if [[ $schedule == weights ]]; then
   exit
 fi
 
-# The best that we can in two sessions of one core: whole frames, and the levers that won
+# The best that we can on one core: whole frames, and the class weights that won among the levers
 if [[ $schedule == record ]]; then
-  WON=(--norm dyt --augment plain --crop 360 480 --class-weights sqrt --fit-log)
-  TAUGHT=(--student b0 "${WON[@]}" --lr 2.4e-3 --lambda-fd 1 --lambda-pe 0
+  BOTH=(--norm dyt --augment plain --crop 360 480 --class-weights sqrt --fit-log)
+  TAUGHT=(--student b0 "${BOTH[@]}" --lr 2.4e-3 --lambda-fd 1 --lambda-pe 0
           --teacher "runs/$table/teacher-${TEACHER:-0}/last.pth"
           --teacher-cache "runs/$table-answers")
-  teacher_row teacher     "$teacher" --student b2 "${WON[@]}" --lr 1.2e-3
+  teacher_row teacher     "$teacher" --student b2 "${BOTH[@]}" --lr 1.2e-3
   row b0-dyt-fd           "$long" "${TAUGHT[@]}"
   row b0-dyt-fd-with-val  "$long" "${TAUGHT[@]}" --with-val
   exit

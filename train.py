@@ -353,9 +353,10 @@ class Objective(nn.Module):
             "class weights": weight_of_pixels.sum(),
             "pixels": is_labelled.sum(),
             "kl pixels": (self.kl_labels(labels) != IGNORE).sum(),
-            # Equal parts, so the mean of their values. Exact for means over images; Dice and DIST,
-            # which are not, are computed on each part.
+            # Equal parts, so the mean of their values. Exact for means over images; DIST, which is
+            # none, is computed on each part.
             "images": torch.ones((), device=labels.device),
+            # Dice is no such mean either. Of a part without labels it is 0, which says nothing.
             "parts with labels": is_labelled.any(),
         }
         return torch.stack([denominators[TERMS[name].mean_over].float() for name in self.weights])

@@ -176,7 +176,8 @@ def main():
         if has_classes_of(model, val_set):
             miou = scores(evaluate(model, val_set))["miou"]
             print(f"{name}: mIoU {100 * miou:.2f} % on {len(val_set)} val frames")
-        else:                                                              # its features taught
+        else:
+            # Its features can teach all the same.
             print(f"{name}: not scored, its classes are others than the toy scenes'")
 
     rows = []

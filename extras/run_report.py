@@ -75,7 +75,7 @@ def write_recipe(run):
 
 
 def describe_call(device):
-    """The command, its code and its machine."""
+    """What trains from here on: the command, its code and its machine."""
     return {
         "device_used": str(device),
         "device_name": device_name(device),
