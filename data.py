@@ -528,7 +528,10 @@ def open_dataset(spec, split, fold=None, folds=2, transform=None, fold_by=None, 
     else:
         frames = dataset.find_all_frames()
         held_out = held_out_stems(list(frames), fold, folds, fold_by or dataset.fold_by)
-        wanted = set(frames) - held_out if split == "train" else held_out
+        if split == "train":
+            wanted = set(frames) - held_out
+        else:
+            wanted = held_out
         frames = {stem: paths for stem, paths in frames.items() if stem in wanted}
     dataset.use_frames(frames)
     dataset.transform = transform
