@@ -10,6 +10,7 @@
 #   DATA=camvid:DIR ./reproduce.sh registered         the study that docs/RESULTS.md registered
 #   DATA=camvid:DIR STUDY=small ./reproduce.sh rates  the small one of it, in fp32; and registered
 #   DATA=camvid:DIR STUDY=small-bf16 ./reproduce.sh rates   that one in bf16, from a better teacher
+#   DATA=camvid:DIR STUDY=small-losses ./reproduce.sh rates  others' losses, each for as long as CSKD
 #   DATA=camvid:DIR ./reproduce.sh weights            the network that weights/ holds
 #   DATA=camvid:DIR ./reproduce.sh record             the best that we can: B2 and what it teaches
 #   python -m extras.paper_tables --figures           the tables and figures of what is there
@@ -60,9 +61,12 @@ case ${1:-} in
       medium=1000 long=1000 teacher=1000
       every=4
       AMP=off
-    elif [[ ${STUDY:-} == small-bf16 ]]; then
+    elif [[ ${STUDY:-} == small-bf16 || ${STUDY:-} == small-losses ]]; then
       medium=1000 long=1000 teacher=3000
       every=4
+    fi
+    if [[ ${STUDY:-} == small-losses && $1 == registered ]]; then
+      seeds=${SEEDS:-0 1}
     fi
     few_teacher=$teacher                # with a share of the labels
     if [[ ${STUDY:-} == small-bf16 ]]; then
@@ -94,8 +98,8 @@ fi
 schedule=$1
 prefix=camvid
 if [[ -n ${STUDY:-} ]]; then
-  if [[ $STUDY != small && $STUDY != small-bf16 ]]; then
-    echo "error: STUDY is small or small-bf16 or nothing" >&2
+  if [[ ! $STUDY =~ ^(small|small-bf16|small-losses)$ ]]; then
+    echo "error: STUDY is small, small-bf16, small-losses or nothing" >&2
     exit 2
   fi
   if [[ $schedule != rates && $schedule != registered ]]; then
@@ -246,6 +250,7 @@ if [[ $schedule == rates || $schedule == registered ]]; then
       b0-dyt)          echo "$dyt" ;;
       b0-fd)           echo "--student b0 $taught --lambda-fd 1" ;;
       b0-dyt-fd)       echo "$dyt $taught --lambda-fd 1" ;;
+      b0-dyt-kd)       echo "$dyt $taught --lambda-fd 1 --lambda-pe 1" ;;
       b0-dyt-cosine)   echo "$dyt $taught --lambda-cosine 1" ;;
       b0-dyt-gcos)     echo "$dyt $taught --lambda-gcos 1" ;;
       b0-dyt-cwd)      echo "$dyt $taught --lambda-cwd 1" ;;
@@ -258,6 +263,10 @@ if [[ $schedule == rates || $schedule == registered ]]; then
   }
 
   steps_of() {  # ROW: its steps, the same in `rates` and in `registered`
+    if [[ $prefix == camvid-small-losses && -z ${STEPS:-} ]]; then
+      steps_in_the_time_of_cskd "$1"
+      return
+    fi
     case $1 in
       b0-dyt-as-long)           matched_steps b0-dyt-fd ;;
       b0-dyt-as-long-as-both)   matched_steps b0-dyt-fd --and results/$prefix-registered/teacher/0 ;;
@@ -281,12 +290,31 @@ if [[ $schedule == rates || $schedule == registered ]]; then
     esac
   }
 
+  # What a step takes of each was timed apart: docs/RESULTS.md
+  steps_in_the_time_of_cskd() {  # ROW
+    case $1 in
+      b0-dyt-as-long)  echo 1403 ;;
+      b0-dyt-fd)       echo 1000 ;;
+      b0-dyt-kd)       echo 912 ;;
+      b0-dyt-cosine)   echo 1088 ;;
+      b0-dyt-gcos)     echo 1056 ;;
+      b0-dyt-cwd)      echo 1169 ;;
+      b0-dyt-dist)     echo 1165 ;;
+      b0-dyt-kl)       echo 1018 ;;
+      b0-dyt-zkl)      echo 997 ;;
+    esac
+  }
+
   TEACHERS=(b2 b2-dyt)
   if [[ $prefix == camvid-small* ]]; then
     TEACHERS=()                         # not searched: best_teacher
   fi
   ROWS=(b0 b0-dyt b0-fd b0-dyt-fd b0-dyt-as-long b0-dyt-as-long-as-both)
   SECONDARY=(b0-dyt-cosine b0-dyt-gcos b0-dyt-cwd b0-dyt-dist b0-dyt-kl b0-dyt-zkl b0-dyt-kl-two)
+  if [[ $prefix == camvid-small-losses ]]; then
+    ROWS=(b0-dyt-as-long b0-dyt-fd)
+    SECONDARY=(b0-dyt-kd b0-dyt-cosine b0-dyt-gcos b0-dyt-cwd b0-dyt-dist b0-dyt-kl b0-dyt-zkl)
+  fi
 fi
 
 # Every row at every rate of the grid, at its own schedule
@@ -333,7 +361,7 @@ if [[ $schedule == registered ]]; then
     best=$(best_teacher)
     seeds=0 chosen_row teacher "$teacher" "$best"
   fi
-  if is_wanted second-teacher; then
+  if [[ $prefix != camvid-small-losses ]] && is_wanted second-teacher; then
     best=$(best_teacher)
     seeds=1 chosen_row teacher "$teacher" "$best"
   fi
@@ -348,20 +376,31 @@ if [[ $schedule == registered ]]; then
   for name in "${SECONDARY[@]}"; do
     if is_wanted "$name"; then
       best=$(best_of "$name")
-      take_over "$name" "$medium" "$best"
-      seeds=${SEEDS:-0 1} chosen_row "$name" "$medium" "$best"
+      steps=$(steps_of "$name")
+      take_over "$name" "$steps" "$best"
+      seeds=${SEEDS:-0 1} chosen_row "$name" "$steps" "$best"
     fi
   done
 
   # Features first, without labels, and labels after: half of the steps each
   if is_wanted b0-dyt-features-first; then
     features=$(best_of b0-dyt-fd)
-    labels=$(best_of b0-dyt)
+    if [[ $prefix == camvid-small-losses ]]; then
+      labels=$(best_of b0-dyt-as-long)
+      label_steps=597                   # half of CSKD's time, without a teacher
+    else
+      labels=$(best_of b0-dyt)
+      label_steps=$((medium / 2))
+    fi
     for seed in ${SEEDS:-0 1}; do
       seeds=$seed chosen_row features-only $((medium / 2)) "$features" --loss none
-      seeds=$seed chosen_row b0-dyt-features-first $((medium / 2)) "$labels" \
+      seeds=$seed chosen_row b0-dyt-features-first "${STEPS:-$label_steps}" "$labels" \
         --init "runs/$prefix-registered/features-only-$seed/last.pth"
     done
+  fi
+
+  if [[ $prefix == camvid-small-losses ]]; then
+    exit
   fi
 
   # Few labels: a teacher with a share of them, a student with the same alone, and one that this

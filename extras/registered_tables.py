@@ -1,5 +1,6 @@
 """The tables of a registered study (docs/RESULTS.md), from what reproduce.sh left of it:
-results/camvid-small-rates and results/camvid-small-registered, or those of camvid-small-bf16.
+results/camvid-small-rates and results/camvid-small-registered, or those of camvid-small-bf16 and of
+camvid-small-losses.
 
     rate_table(Path("results"), "camvid-small")       # each row's rates on val: the best is chosen
     row_table(Path("results"), "camvid-small")        # every row at its rate, on test
@@ -7,6 +8,7 @@ results/camvid-small-rates and results/camvid-small-registered, or those of camv
     summary_table(Path("results"), "camvid-small")    # the README's six rows
     few_labels_table(Path("results"), "camvid-small") # a quarter and a half of the labels, on test
     few_labels_outcome(Path("results"), "camvid-small")  # and their differences
+    losses_outcome(Path("results"), "camvid-small")   # losses to no teacher, each for as long
 
 Made by `python -m extras.paper_tables`, as all tables of docs/RESULTS.md. What was not run is no
 row of a table.
@@ -26,6 +28,7 @@ ROWS = {
     "b0-dyt-fd": "B0 + DyT + CSKD",
     "b0-dyt-as-long": "B0 + DyT, for as long as with CSKD",
     "b0-dyt-as-long-as-both": "B0 + DyT, for as long as with CSKD and its teacher",
+    "b0-dyt-kd": "B0 + DyT + CSKD + PEKD",
     "b0-dyt-cosine": "B0 + DyT + cosine of pixels",
     "b0-dyt-gcos": "B0 + DyT + one cosine a stage",
     "b0-dyt-cwd": "B0 + DyT + CWD",
@@ -65,6 +68,19 @@ PAIRS = (
     ("b0-dyt-zkl", "b0-dyt-fd"),
     ("b0-dyt-kl-two", "b0-dyt-fd"),
     ("b0-dyt-features-first", "b0-dyt-fd"),
+)
+
+# Each for as long as CSKD
+LOSSES_PAIRS = (
+    ("b0-dyt-fd", "b0-dyt-as-long"),
+    ("b0-dyt-kd", "b0-dyt-as-long"),
+    ("b0-dyt-cosine", "b0-dyt-as-long"),
+    ("b0-dyt-gcos", "b0-dyt-as-long"),
+    ("b0-dyt-cwd", "b0-dyt-as-long"),
+    ("b0-dyt-dist", "b0-dyt-as-long"),
+    ("b0-dyt-kl", "b0-dyt-as-long"),
+    ("b0-dyt-zkl", "b0-dyt-as-long"),
+    ("b0-dyt-features-first", "b0-dyt-as-long"),
 )
 
 FEW_LABELS_PAIRS = (
@@ -128,6 +144,11 @@ def row_table(results, study, titles=ROWS):
 def outcome_table(results, study):
     """The differences in mIoU on test, seed by seed, with the 95 % interval of their mean."""
     return difference_table(results / f"{study}-registered", PAIRS, ROWS)
+
+
+def losses_outcome(results, study):
+    """What each loss is worth in the same time, as outcome_table."""
+    return difference_table(results / f"{study}-registered", LOSSES_PAIRS, ROWS)
 
 
 def few_labels_table(results, study):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -157,6 +158,49 @@ def test_the_small_study_in_bf16_has_a_longer_teacher_and_folders_of_its_own(dry
         assert args.teacher_cache.endswith("runs/camvid-small-bf16-answers")
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "camvid-small-bf16-rates", "camvid-small-bf16-registered"]
+
+
+def test_losses_in_cskds_place_have_its_time_and_a_teacher_of_their_own(dry, tmp_path):
+    losses = {"STUDY": "small-losses", "RATES": "6e-4 1.2e-3 2.4e-3"}
+    rates = dry("rates", **losses)
+    assert len(rates) == 3 * 9
+    rows = dry("registered", **losses)
+    assert [out_of(command) for command in rows] == [
+        "teacher-0",
+        "b0-dyt-as-long-0", "b0-dyt-as-long-1", "b0-dyt-fd-0", "b0-dyt-fd-1",
+        "b0-dyt-kd-0", "b0-dyt-kd-1", "b0-dyt-cosine-0", "b0-dyt-cosine-1",
+        "b0-dyt-gcos-0", "b0-dyt-gcos-1", "b0-dyt-cwd-0", "b0-dyt-cwd-1",
+        "b0-dyt-dist-0", "b0-dyt-dist-1", "b0-dyt-kl-0", "b0-dyt-kl-1",
+        "b0-dyt-zkl-0", "b0-dyt-zkl-1",
+        "features-only-0", "b0-dyt-features-first-0",
+        "features-only-1", "b0-dyt-features-first-1"]
+
+    # {row: (steps, the losses of a teacher that it has)}
+    found = {}
+    for command in rates + rows[1:]:
+        if "--resume" in command:
+            continue
+        args, _ = train.FLAGS.parse(command[1:])
+        assert (args.amp, args.crop, args.norm) == ("bf16", [192, 256], "dyt")
+        row = re.sub(r"(-lr.*)?-[01]$", "", out_of(command))      # without its rate and seed
+        taught_by = set()
+        if args.teacher:
+            assert args.teacher.endswith("camvid-small-losses-registered/teacher-0/last.pth")
+            taught_by = set(train.loss_weights(args)) & {term.name for term in train.DISTILLATION}
+        found[row] = (args.iters, taught_by)
+    assert found == {
+        "b0-dyt-as-long": (1403, set()),
+        "b0-dyt-fd": (1000, {"fd"}),
+        "b0-dyt-kd": (912, {"fd", "pe"}),
+        "b0-dyt-cosine": (1088, {"cosine"}),
+        "b0-dyt-gcos": (1056, {"gcos"}),
+        "b0-dyt-cwd": (1169, {"cwd"}),
+        "b0-dyt-dist": (1165, {"dist"}),
+        "b0-dyt-kl": (1018, {"kl"}),
+        "b0-dyt-zkl": (997, {"zkl"}),
+        "features-only": (500, {"fd"}),
+        "b0-dyt-features-first": (597, set()),
+    }
 
 
 def test_the_weights_are_of_one_run_on_whole_frames(dry):
