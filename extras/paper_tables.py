@@ -24,6 +24,7 @@ from extras.outputs import write_text
 from extras.registered_tables import (
     few_labels_outcome,
     few_labels_table,
+    losses_outcome,
     outcome_table,
     rate_table,
     row_table,
@@ -44,6 +45,7 @@ README = Path("README.md")
 BENCH = Path("results/bench/cpu-2-threads.json")
 SMALL = "camvid-small"                                            # the small registered study
 SMALL_BF16 = "camvid-small-bf16"                                  # and once more, in bf16
+LOSSES = "camvid-small-losses"                                    # losses at equal compute
 
 # Row of reproduce.sh: (its title, its network in bench.py, None if that one was not timed).
 ROWS = {
@@ -395,6 +397,9 @@ TABLES = (
     (RESULTS, "bf16 rates", of_study(rate_table, SMALL_BF16)),
     (RESULTS, "bf16 rows", of_study(row_table, SMALL_BF16)),
     (RESULTS, "bf16 outcome", of_study(outcome_table, SMALL_BF16)),
+    (RESULTS, "losses rates", of_study(rate_table, LOSSES)),
+    (RESULTS, "losses rows", of_study(row_table, LOSSES)),
+    (RESULTS, "losses outcome", of_study(losses_outcome, LOSSES)),
     (RESULTS, "few labels rows", of_study(few_labels_table, SMALL_BF16)),
     (RESULTS, "few labels outcome", of_study(few_labels_outcome, SMALL_BF16)),
     (README, "summary", of_study(summary_table, SMALL_BF16)),

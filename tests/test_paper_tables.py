@@ -28,6 +28,12 @@ between
 <!-- end -->
 <!-- study: made -->
 <!-- end -->
+<!-- losses rates: made -->
+<!-- end -->
+<!-- losses rows: made -->
+<!-- end -->
+<!-- losses outcome: made -->
+<!-- end -->
 <!-- few labels rows: made -->
 <!-- end -->
 <!-- few labels outcome: made -->

@@ -76,6 +76,18 @@ def test_the_readme_has_six_rows_and_holds_them_against_plain_b0(tmp_path):
     ]
 
 
+def test_losses_are_held_against_no_teacher_for_as_long(tmp_path):
+    runs = tmp_path / f"{STUDY}-registered"
+    leave(runs / "b0-dyt-as-long", 0.40, 0, lr=2.4e-3, iters=1403)
+    leave(runs / "b0-dyt-kd", 0.43, 0, lr=4.8e-3, iters=912)
+    leave(runs / "b0-dyt-cwd", 0.39, 0, lr=2.4e-3, iters=1169)
+    assert tables.losses_outcome(tmp_path, STUDY).splitlines()[2:] == [
+        "| B0 + DyT + CSKD + PEKD, against B0 + DyT, for as long as with CSKD "
+        "| 0 | +3.00 | +3.00 | - |",
+        "| B0 + DyT + CWD, against B0 + DyT, for as long as with CSKD | 0 | -1.00 | -1.00 | - |",
+    ]
+
+
 def test_few_labels_have_tables_of_their_own(tmp_path):
     runs = tmp_path / f"{STUDY}-registered"
     leave(runs / "few-0.25-teacher", 0.35, 0, lr=1.2e-3, iters=2000)
