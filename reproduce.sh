@@ -382,12 +382,12 @@ if [[ $schedule == registered ]]; then
     fi
   done
 
-  # Features first, without labels, and labels after: half of the steps each
+  # Features first, without labels, and labels after: half of the steps each, or of CSKD's time
   if is_wanted b0-dyt-features-first; then
     features=$(best_of b0-dyt-fd)
     if [[ $prefix == camvid-small-losses ]]; then
       labels=$(best_of b0-dyt-as-long)
-      label_steps=597                   # half of CSKD's time, without a teacher
+      label_steps=597                   # a step without a teacher takes less: docs/RESULTS.md
     else
       labels=$(best_of b0-dyt)
       label_steps=$((medium / 2))

@@ -70,7 +70,7 @@ PAIRS = (
     ("b0-dyt-features-first", "b0-dyt-fd"),
 )
 
-# Each for as long as CSKD
+# Losses in CSKD's place, each trained for as long as CSKD
 LOSSES_PAIRS = (
     ("b0-dyt-fd", "b0-dyt-as-long"),
     ("b0-dyt-kd", "b0-dyt-as-long"),

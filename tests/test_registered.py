@@ -160,7 +160,7 @@ def test_the_small_study_in_bf16_has_a_longer_teacher_and_folders_of_its_own(dry
         "camvid-small-bf16-rates", "camvid-small-bf16-registered"]
 
 
-def test_losses_in_cskds_place_have_its_time_and_a_teacher_of_their_own(dry, tmp_path):
+def test_losses_in_cskds_place_have_its_time_and_a_teacher_of_their_own(dry):
     losses = {"STUDY": "small-losses", "RATES": "6e-4 1.2e-3 2.4e-3"}
     rates = dry("rates", **losses)
     assert len(rates) == 3 * 9
