@@ -367,15 +367,17 @@ def sum_upsampled(stages, weights, bias):
     return total
 
 
-# Layers whose output is a known formula of their parameters.
-STOCK = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Dropout2d, DyT, DyL)
+# Modules whose output is a known formula of their parameters: layers, and what is made of them here.
+STOCK = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Dropout2d, nn.Identity, DyT, DyL,
+         PatchEmbed, Reduce, Attention, MixFFN, Block, Decoder)
 
 
 def is_untouched(*modules):
-    """Are all these plain layers, so that reading their parameters does what calling them does?
+    """Is each of these of a known class, so that reading its parameters does what calling it does?
 
-    Not so for another class in their place (a LoRA wrapper, a quantised layer), and for a layer
-    with hooks (pruning and weight norm are hooks too) or a forward of its own.
+    Not so for another class in its place (a LoRA wrapper, a quantised layer, a subclass), and for a
+    module with hooks (pruning and weight norm are hooks too) or a forward of its own. What is
+    inside of a module is not looked at: name it too.
     """
     for module in modules:
         if type(module) not in STOCK or "forward" in module.__dict__:
@@ -470,7 +472,8 @@ class SegFormer(nn.Module):
 
         The decoder and its BatchNorm become four matrices; a DyL goes into the linear maps that
         read it, a DyT's alpha into the convolution before it; on a CPU the widest maps are
-        computed in slices. A layer with a hook, a wrapper or another class stays as it is.
+        computed in slices. A module with a hook, a wrapper or another class stays as it is, and
+        so does what is folded into or out of it.
 
         The DyL at the end of a stage stays: the next patch embedding pads it with zeros, and a
         shift does not commute with zero padding; so `features` of a folded model are unchanged too.
@@ -479,7 +482,8 @@ class SegFormer(nn.Module):
         if not model.folded:
             for stage in model.stages:
                 embed = stage.patch_embed
-                embed.norm = fold_dyt(embed.proj, embed.norm)
+                if is_untouched(embed):
+                    embed.norm = fold_dyt(embed.proj, embed.norm)
                 for block in stage.blocks:
                     fold_block(block)
             model.decoder = fold_decoder(model.decoder)
@@ -654,24 +658,35 @@ def fold_dyl(norm, readers):
 
 def fold_block(block):
     """Fold the norms of a block into the maps around them, in place; put FoldedMixFFN in."""
+    if not is_untouched(block):
+        return
     attn = block.attn
-    if isinstance(attn.reduce, Reduce):
-        reduce = attn.reduce
-        block.norm1 = fold_dyl(block.norm1, [attn.q, reduce.conv])
-        # At most one of these two does something: a DyT folds backwards, a DyL forwards.
-        reduce.norm = fold_dyt(reduce.conv, reduce.norm)
-        reduce.norm = fold_dyl(reduce.norm, [attn.k, attn.v])
-    else:
-        block.norm1 = fold_dyl(block.norm1, [attn.q, attn.k, attn.v])
+    if is_untouched(attn) and is_untouched(attn.reduce):
+        block.norm1 = fold_attention(block.norm1, attn)
     mlp = block.mlp
-    if is_untouched(mlp.fc1, mlp.dwconv, mlp.fc2):
+    if is_untouched(mlp) and is_untouched(mlp.fc1, mlp.dwconv, mlp.fc2):
         block.norm2 = fold_dyl(block.norm2, [mlp.fc1])
         block.mlp = FoldedMixFFN(mlp)
 
 
+def fold_attention(norm, attn):
+    """Fold the norm before an attention, and the one inside, into its maps, in place.
+    -> what is left of the norm before it"""
+    reduce = attn.reduce
+    if isinstance(reduce, nn.Identity):
+        return fold_dyl(norm, [attn.q, attn.k, attn.v])
+    norm = fold_dyl(norm, [attn.q, reduce.conv])
+    # At most one of these two does something: a DyT folds backwards, a DyL forwards.
+    reduce.norm = fold_dyt(reduce.conv, reduce.norm)
+    reduce.norm = fold_dyl(reduce.norm, [attn.k, attn.v])
+    return norm
+
+
 def fold_decoder(decoder):
-    """-> a FoldedDecoder; the decoder itself where a layer of it is not what it was."""
-    layers = (*decoder.linear, decoder.fuse, decoder.norm, decoder.classifier)
+    """-> a FoldedDecoder; the decoder itself where it, or a layer of it, is not what it was."""
+    if not is_untouched(decoder):
+        return decoder
+    layers = (*decoder.linear, decoder.fuse, decoder.norm, decoder.dropout, decoder.classifier)
     return FoldedDecoder(decoder) if is_untouched(*layers) else decoder
 
 

@@ -412,6 +412,44 @@ def test_fold_leaves_alone_what_was_replaced():
     assert isinstance(folded.norm1, DyL)
 
 
+CONTAINERS = ("decoder", "decoder.dropout", "stages.0.patch_embed", "stages.0.blocks.0",
+              "stages.0.blocks.0.attn", "stages.0.blocks.0.attn.reduce", "stages.0.blocks.0.mlp",
+              "stages.3.blocks.0.attn.reduce")
+
+
+def double_and_shift(module, inputs, output):
+    """A forward hook whose result depends on the module's input and on its output."""
+    first = inputs[0]
+    if isinstance(first, list):                                   # the decoder's
+        first = first[0]
+    return 2 * output + first.mean()
+
+
+@pytest.mark.parametrize("place", CONTAINERS)
+@pytest.mark.parametrize("change", ["hook", "subclass", "wrapper"])
+def test_fold_leaves_alone_what_holds_layers_too(place, change):
+    """Each module of the network, not its layers only, does in the folded copy what it did."""
+    torch.manual_seed(0)
+    network = randomise(segformer("b0", 5, dyt_dyl)).eval()
+    images = torch.rand(1, 3, 64, 96)
+    plain = network(images)
+    module = network.get_submodule(place)
+    if change == "hook":
+        module.register_forward_hook(double_and_shift)
+    elif change == "subclass":
+        class Changed(type(module)):
+            def forward(self, x):
+                return 2 * super().forward(x)
+        module.__class__ = Changed
+    else:
+        wrapped = nn.Sequential(module, nn.Softplus())
+        parent, _, name = place.rpartition(".")
+        setattr(network.get_submodule(parent), name, wrapped)
+    expected = network(images)
+    assert not close(expected, plain, 1e-3)
+    assert close(network.fold()(images), expected)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_dynamic_quantisation_works():
     network = segformer("b0", 5).eval()
