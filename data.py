@@ -925,11 +925,18 @@ def read_lines(path):
 
 def find_checks():
     """-> the module that looks closer at a stranger's files; None where data.py was copied out
-    alone."""
+    alone.
+
+    Raises DatasetError where it was copied too, but not what it needs: a check is never left out in
+    silence.
+    """
     try:
         return importlib.import_module("extras.data_checks")
-    except ModuleNotFoundError:
-        return None
+    except ModuleNotFoundError as error:
+        if error.name in ("extras", "extras.data_checks"):
+            return None
+        raise DatasetError(f"extras/data_checks.py cannot do without a file that is not here: copy "
+                           f"it too ({error})") from None
 
 
 def import_extra(name, what):

@@ -709,7 +709,6 @@ def attend_in_bf16_on_cpu(q, k, v):
 # ---------------------------------------------------------------- checkpoints
 
 MAX_WIDTH = 4096                            # D that a file may ask for
-FORMATS_FILE = "extras/checkpoint_formats.py"
 
 
 class CheckpointError(ValueError):
@@ -854,31 +853,37 @@ def load_checkpoint(path, num_classes=None):
 def find_checks():
     """-> the module that checks a stranger's file; None where model.py was copied out alone.
 
-    Then a file is trusted as far as torch trusts it: no code in it is run.
+    Then a file is trusted as far as torch trusts it: no code in it is run. Raises CheckpointError
+    where the checks were copied too, but not what they need: they are never left out in silence.
     """
     try:
         return importlib.import_module("extras.checkpoint_checks")
-    except ModuleNotFoundError:
-        return None
+    except ModuleNotFoundError as error:
+        if error.name in ("extras", "extras.checkpoint_checks"):
+            return None
+        raise CheckpointError(f"extras/checkpoint_checks.py cannot do without a file that is not "
+                              f"here: copy it too ({error})") from None
 
 
 def other_formats(path):
-    """-> the module that reads the files of others. Raises CheckpointError where it is absent."""
-    try:
-        return importlib.import_module("extras.checkpoint_formats")
-    except ImportError:
-        raise CheckpointError(f"{path} is not in this project's own format: to read those of "
-                              f"others, copy {FORMATS_FILE} beside model.py too") from None
+    """-> the module that reads the files of others"""
+    return import_extra("checkpoint_formats", f"{path} is not in this project's own format: to "
+                                              f"read those of others")
 
 
 def packed_layers(path):
-    """-> the module that reads weights in 8 and 4 bits. Raises CheckpointError where it is absent.
-    """
+    """-> the module that reads weights in 8 and 4 bits"""
+    return import_extra("packed_layers", f"{path} has its weights in 8 or 4 bits: to read it")
+
+
+def import_extra(name, reason):
+    """-> the module extras.NAME. Raises CheckpointError where model.py was copied out without it,
+    or without a file that it needs itself."""
     try:
-        return importlib.import_module("extras.packed_layers")
-    except ImportError:
-        raise CheckpointError(f"{path} has its weights in 8 or 4 bits: to read it, copy "
-                              f"extras/packed_layers.py beside model.py too") from None
+        return importlib.import_module(f"extras.{name}")
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"{reason}, copy extras/{name}.py beside model.py too, and what it "
+                              f"needs ({error})") from None
 
 
 def read_checkpoint(path):

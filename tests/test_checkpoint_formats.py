@@ -274,3 +274,21 @@ def test_model_alone_reads_its_own_files_and_says_what_it_lacks(tmp_path):
     output = command("-c", script, cwd=tmp_path)
     assert "ours.pth: SegFormer-B0, 3 classes, EffiSeg, 207/207 tensors" in output
     assert output.count("copy extras/checkpoint_formats.py beside model.py too") == 3
+
+
+def test_checks_without_what_they_need_are_not_left_out_in_silence(tmp_path):
+    """model.py and data.py copied out with their checks, but without extras/printable.py."""
+    (tmp_path / "extras").mkdir()
+    for name in ("model.py", "data.py", "extras/checkpoint_checks.py", "extras/data_checks.py",
+                 "extras/checkpoint_formats.py", "extras/jpeg_ends.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    script = (
+        "import data, model\n"
+        "for what in (model.find_checks, data.find_checks, lambda: model.other_formats('x.pth')):\n"
+        "    try:\n"
+        "        what()\n"
+        "    except (model.CheckpointError, data.DatasetError) as error:\n"
+        "        print('said:', error)\n")
+    output = command("-c", script, cwd=tmp_path, env={"PYTHONPATH": ""})
+    assert output.count("said: ") == 3
+    assert output.count("(No module named 'extras.printable')") == 3
