@@ -367,9 +367,9 @@ def sum_upsampled(stages, weights, bias):
     return total
 
 
-# Modules whose output is a known formula of their parameters: layers, and what is made of them here.
-STOCK = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Dropout2d, nn.Identity, DyT, DyL,
-         PatchEmbed, Reduce, Attention, MixFFN, Block, Decoder)
+# Modules whose output is a known formula of their parameters: layers, and what is made of them.
+STOCK = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Dropout2d, nn.Identity,
+         DyT, DyL, PatchEmbed, Reduce, Attention, MixFFN, Block, Decoder)
 
 
 def is_untouched(*modules):

@@ -21,7 +21,8 @@ Without --data it trains on toy scenes that are drawn on the fly. The loss is eq
 
     total = supervision + lambda_KL KL + lambda_FD sum_stages CSKD + lambda_PE PEKD,
 
-with the supervision WCE (eq. 3), or Dice-Focal (eq. 14) with --loss dice-focal.
+with the supervision WCE (eq. 3), or Dice-Focal (eq. 14) with --loss dice-focal; beyond the paper
+WCE + Dice with --loss wce-dice, or none with --loss none (see `loss_weights`).
 
 A run writes to --out: best.pth (by mIoU on the validation split), last.pth (with all that --resume
 needs), log.csv (every loss term of every step), scores.csv, recipe.json, pictures.png: see
@@ -125,32 +126,31 @@ from losses import (
 )
 from model import SIZES, Features, load_checkpoint, save_checkpoint
 
-# What the paper says (section 4.3; clipping at 1 and no weight decay are its trainer's); where it
-# says nothing, our choice. The augmentation is SegFormer's: the paper's, resize and flip, is
-# Cityscapes' only, below. Then what suits each data set.
+# paper: section 4.3. code: not in the paper, but in its published code. The others are our choice.
 DEFAULTS = {
-    "student": "b0",
+    "student": "b0",                                   # paper
     "data": "toy",
-    "epochs": 200,
-    "batch_size": 2,
+    "epochs": 200,                                     # paper
+    "batch_size": 2,                                   # paper
     "accum": 1,
-    "crop": [512, 1024],
-    "scale_range": [0.5, 2.0],
-    "augment": "segformer",
-    "lr": 6e-4,
-    "weight_decay": 0.0,
-    "warmup": 0.05,
-    "grad_clip": 1.0,
-    "norm": "ln",
-    "loss": "wce",
-    "class_weights": "enet",
-    "lambda_dice": 0.5,
+    "crop": [512, 1024],                               # paper: whole frames of this size
+    "scale_range": [0.5, 2.0],                         # SegFormer's
+    "augment": "segformer",                            # the paper's is "plain": resize and flip
+    "lr": 6e-4,                                        # paper
+    "weight_decay": 0.0,                               # code
+    "warmup": 0.05,                                    # paper
+    "grad_clip": 1.0,                                  # code
+    "norm": "ln",                                      # paper: its baseline
+    "loss": "wce",                                     # paper, eq. 3
+    "class_weights": "enet",                           # code
+    "lambda_dice": 0.5,                                # paper
     "folds": 2,
     "amp": "auto",
     "workers": min(4, os.cpu_count() or 1),
     "seed": 0,
     "device": "auto",
 }
+# What suits each kind of data better. Cityscapes is the paper's data, and has its augmentation.
 DATASET_DEFAULTS = {
     "toy": {
         "iters": 300,
@@ -318,12 +318,20 @@ class Objective(nn.Module):
     def forward(self, images, labels, teacher=None):
         """Images (B, 3, H, W), labels (B, H, W), the teacher's Features -> {term: scalar}."""
         student = self.student.features(images)
-        stages, patch_embeds = None, None
+        stages = None
+        patch_embeds = None
         if "stages" in self.teacher_parts or "patch_embeds" in self.teacher_parts:
             stages, patch_embeds = self.projections(student.stages, student.patch_embeds)
         outputs = Outputs(
-            student, teacher, stages, patch_embeds, labels, self.kl_labels(labels),
-            self.class_weight, self.args)
+            student=student,
+            teacher=teacher,
+            stages=stages,
+            patch_embeds=patch_embeds,
+            labels=labels,
+            kl_labels=self.kl_labels(labels),
+            class_weight=self.class_weight,
+            args=self.args,
+        )
         return {name: TERMS[name].compute(outputs) for name in self.weights}
 
     @torch.no_grad()
@@ -436,45 +444,48 @@ class Run:
 def train_step(run, images, labels):
     """One optimizer step on this process's part of the batch, in --accum micro-batches.
 
-    images (B, 3, H, W) in [0, 1], labels (B, H, W) -> the terms' values and the gradient's norm
-    before clipping, (terms + 1,).
+    images (B, 3, H, W) in [0, 1], labels (B, H, W) -> the values of the T loss terms and the
+    gradient's norm before clipping, (T + 1,).
 
     Raises NotFinite on a CPU before a broken gradient reaches the weights. On a GPU, reading the
     norm would stall every step; there LossLog finds it up to 20 steps later.
     """
     objective = run.objective
-    weights = list(objective.weights.values())
-    weights = torch.tensor(weights, device=images.device)               # (terms,)
-    micro_batches = list(
-        zip(images.chunk(run.args.accum), labels.chunk(run.args.accum), strict=True))
+    term_weights = torch.tensor(list(objective.weights.values()), device=images.device)     # (T,)
+    micro_batches = split_batch(images, labels, run.args.accum)
     denominators = [objective.denominators(label) for _, label in micro_batches]
-    denominators = torch.stack(denominators)                            # (accum, terms)
+    denominators = torch.stack(denominators)                            # (accum, T)
     tiny = torch.finfo(torch.float32).tiny                              # not 0 / 0 if all is void
-    total = all_reduce(denominators.sum(0)).clamp(min=tiny)             # (terms,)
+    total = all_reduce(denominators.sum(0)).clamp(min=tiny)             # (T,)
 
-    values = torch.zeros_like(weights)                                  # (terms,)
+    values = torch.zeros_like(term_weights)                             # (T,)
     for i, (image, label) in enumerate(micro_batches):
         with gradient_exchange(run.parallel, is_last=i == len(micro_batches) - 1):
             with run.autocast():
                 # The teacher's maps get no name here, so that they go while the losses' gradients
                 # are computed.
-                terms = run.parallel(image, label, run.ask_teacher(image))
+                loss_of_terms = run.parallel(image, label, run.ask_teacher(image))
+            means = torch.stack(list(loss_of_terms.values()))           # (T,)
             # From a mean over this micro-batch to its share of the mean over the whole batch.
-            terms = torch.stack(list(terms.values()))                   # (terms,)
-            terms = terms * denominators[i] / total                     # (terms,)
+            shares = means * denominators[i] / total                    # (T,)
             # Times the processes, since DistributedDataParallel takes the mean of their gradients.
-            loss = (weights * terms).sum() * world_size()
+            loss = (term_weights * shares).sum() * world_size()
             run.scaler.scale(loss).backward()
-        values += terms.detach()
+        values += shares.detach()
 
     run.scaler.unscale_(run.optimizer)
     # Without --grad-clip the limit is infinite: the norm is only measured.
     norm = nn.utils.clip_grad_norm_(objective.parameters(), run.args.grad_clip or math.inf)
     if norm.device.type == "cpu" and not run.scaler.is_enabled() and not norm.isfinite():
-        raise NotFinite(find_nonfinite_terms(run, micro_batches))
+        raise NotFinite("the gradient is not finite")
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return torch.cat([all_reduce(values), norm[None]])
+
+
+def split_batch(images, labels, parts):
+    """(B, 3, H, W), (B, H, W) -> [(images, labels)], of B / parts each"""
+    return list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
 
 
 def gradient_exchange(parallel, is_last):
@@ -484,11 +495,13 @@ def gradient_exchange(parallel, is_last):
     return parallel.no_sync()
 
 
-def find_nonfinite_terms(run, micro_batches):
-    """Which terms, or gradients of terms, are not finite? Each is computed alone. -> words"""
+def find_nonfinite_terms(run, step, images, labels):
+    """Which terms, or gradients of terms, are not finite? Step `step` is done once more, and each
+    is computed alone. -> words"""
     trained = [parameter for parameter in run.objective.parameters() if parameter.requires_grad]
     found = {}
-    for image, label in micro_batches:
+    seed_step(run.args.seed, step)                     # drop-path and dropout as they were
+    for image, label in split_batch(images, labels, run.args.accum):
         with run.autocast():
             target = run.ask_teacher(image)
             terms = run.objective(image, label, target)
@@ -526,12 +539,18 @@ def train(**flags):
         train(student="b0", teacher="b2.pth", data="camvid:DIR", crop=(288, 288), lambda_kl=0.5)
         train(resume=True, out="runs/camvid-b0-kd")
 
+    None is as if the flag were not given, and so is False for a flag that takes no value. Then it
+    has its default: grad_clip=0, not None, is a run without clipping.
+
     Raises UsageError (of extras.cli), DatasetError or CheckpointError for a mistake, NotFinite for
     a loss that broke, and Stopped, after saving, for Ctrl-C.
     """
+    switches = FLAGS.switches()
     argv = []
     for name, value in flags.items():
-        if value is None or value is False:
+        if value is None:
+            continue
+        if value is False and name in switches:
             continue
         argv.append("--" + name.replace("_", "-"))
         if isinstance(value, (list, tuple)):
@@ -585,7 +604,11 @@ def train_all_steps(run):
 
 
 def seed_step(seed, step):
-    """Drop-path and dropout of this step are drawn as in a run that was never stopped."""
+    """Drop-path and dropout of this step are drawn as in a run that was never stopped.
+
+    A number of its own for each (seed, step, process), as long as there are fewer than 1,000,003
+    steps and 1,009 processes.
+    """
     torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank())
 
 
@@ -614,9 +637,10 @@ def take_step(run, step, images, labels):
     run.optimizer.zero_grad(set_to_none=True)
     try:
         values = train_step(run, images, labels)
-    except NotFinite as error:
+    except NotFinite:
         run.loss_log.flush()
-        raise NotFinite(f"step {step + 1}: {error}; stopped, {advice(run.folder)}") from None
+        cause = find_nonfinite_terms(run, step, images, labels)
+        raise NotFinite(f"step {step + 1}: {cause}; stopped, {advice(run.folder)}") from None
     if step == run.start:
         check_gradients(run.objective)
         if run.args.compile:
@@ -644,7 +668,9 @@ def validate(run, step):
 def prepare(args, given, lock, task=None):
     """Everything that the loop needs; what is wrong is said here, not after an hour. -> Run"""
     task = task or SEGMENTATION
-    folder, saved, state = None, None, None
+    folder = None
+    saved = None
+    state = None
     if args.resume or is_restart_of(args.out):
         folder, saved = find_run(args.out, task, lock)
         state = saved["training"]
@@ -704,15 +730,24 @@ def make_run(args, device, student, teacher, objective, task):
     # the average; go_on_from() then puts the student's own weights in.
     average = WeightAverage(student, args.ema) if args.ema else None
 
-    run = Run(args, device, objective, teacher, optimizer, scaler, objective, task)
-    run.average = average
-    return run
+    return Run(
+        args=args,
+        device=device,
+        objective=objective,
+        teacher=teacher,
+        optimizer=optimizer,
+        scaler=scaler,
+        parallel=objective,                            # prepare() puts it into DDP under torchrun
+        task=task,
+        average=average,
+    )
 
 
 def open_teacher(run):
     """Score the teacher, and open the folder that keeps what it says, if there is one."""
     score_teacher(run)
-    args, objective = run.args, run.objective
+    args = run.args
+    objective = run.objective
     if not args.teacher_cache:
         return
     frames = count_frames(run.train_set, run.unlabelled_set)
@@ -733,7 +768,8 @@ def make_networks(args, train_set, device, resumed):
     check_finite(student, resumed or args.init)
     note_training(student, args, train_set)
 
-    teacher, projections = None, None
+    teacher = None
+    projections = None
     if args.teacher:
         teacher = load_teacher(args.teacher, args, train_set)
         projections = Projections(SIZES[args.student]["dims"], SIZES[teacher.variant]["dims"])

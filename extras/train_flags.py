@@ -121,6 +121,11 @@ class TrainFlags:
         parser = self.build_parser(self.defaults["data"], argument_default=None)
         return vars(parser.parse_args([]))
 
+    def switches(self):
+        """-> the names of the flags that take no value"""
+        parser = self.build_parser(self.defaults["data"])
+        return {action.dest for action in parser._actions if action.nargs == 0}
+
     def check(self, args, given):
         """What single flags cannot tell. Raises UsageError."""
         for term in self.distillation_terms:
