@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,7 @@ def network_macs(options, variant, norm):
     # decoder has the 1x1 convolution over 4D channels on top.
     macs = count_macs(make_forward(alone, variant, norm, folded=True))
     H, W = options.size
-    quarter = -(-H // 4) * -(-W // 4)                             # pixels at 1/4, rounded up
+    quarter = math.ceil(H / 4) * math.ceil(W / 4)                 # pixels of the logits
     width = SIZES[variant]["width"]
     convolution = quarter * 4 * width * width                     # 1x1, 4D -> D
     return NetworkMacs(macs.dense, macs.dense + convolution, macs.attention)
@@ -160,7 +161,9 @@ def make_attention(options, variant, stages):
     work = []
     for i in stages:
         stride = 4 * 2 ** i
-        shape = (options.batch, -(-H // stride), -(-W // stride), SIZES[variant]["dims"][i])
+        rows = math.ceil(H / stride)
+        columns = math.ceil(W / stride)
+        shape = (options.batch, rows, columns, SIZES[variant]["dims"][i])
         for block in model.stages[i].blocks:
             work.append((block.attn, torch.rand(shape, device=options.device)))
 
@@ -301,21 +304,34 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     names, checkpoint = split_subjects(parser, args.subjects)
-    others = set(names) & set(SUBJECTS) - {"runtimes"}
-    if args.clock != "wall" and others:
-        parser.error(f"--clock cpu is for runtimes and files, not for {', '.join(sorted(others))}")
-    device = pick_device(args.device)
-    dtype = AMP_DTYPES.get(args.dtype, torch.float32)
-    size = tuple(args.size or PAPER_SIZE)
-    options = Options(size, args.batch, args.rounds, device, dtype, args.classes,
-                      args.compile, args.data, checkpoint, args.size is not None, args.clock)
-    args.size = list(size)
-    H, W = size
-    networks = f"{H}x{W}, {args.classes} classes, logits at a quarter, "
-    if checkpoint or not set(names) & set(SUBJECTS):              # files have their own
-        networks = ""
+    subjects = [name for name in names if name in SUBJECTS]       # the others are files
+    by_wall_clock = [name for name in subjects if name != "runtimes"]
+    if args.clock != "wall" and by_wall_clock:
+        parser.error(f"--clock cpu is for runtimes and files, not for "
+                     f"{', '.join(sorted(by_wall_clock))}")
+    options = Options(
+        size=tuple(args.size or PAPER_SIZE),
+        batch=args.batch,
+        rounds=args.rounds,
+        device=pick_device(args.device),
+        dtype=AMP_DTYPES.get(args.dtype, torch.float32),
+        classes=args.classes,
+        compile=args.compile,
+        data=args.data,
+        checkpoint=checkpoint,
+        size_given=args.size is not None,
+        clock=args.clock,
+    )
+    device = options.device
+    has_own_size = checkpoint is not None or not subjects         # what is measured is a file
+    if has_own_size:
+        shape = ""
+    else:
+        args.size = list(options.size)                            # for --json
+        H, W = options.size
+        shape = f"{H}x{W}, {args.classes} classes, logits at a quarter, "
     print(f"{device_name(device)}, torch {torch.__version__}, {args.dtype}, batch {args.batch}, "
-          f"{networks}median of {args.rounds} rounds", flush=True)
+          f"{shape}median of {args.rounds} rounds", flush=True)
 
     results = {}
     for name in names:

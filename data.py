@@ -324,6 +324,8 @@ def without_suffix(labels):
 # ---------------------------------------------------------------- Cityscapes
 
 class Cityscapes(Files):
+    """Cityscapes as it comes: raw ids 0..33, of which 19 are classes, or its labelTrainIds."""
+
     fold_by = "drive"                                             # the part before _ is the city
 
     def __init__(self, root):
@@ -355,7 +357,7 @@ class Cityscapes(Files):
         return pairs
 
     def find_all_frames(self):
-        return self.find_frames("train") | self.find_frames("val")
+        return self.join_splits(("train", "val"))
 
     def is_all_void(self, path):
         """True for the dummies that stand in gtFine/test for labels that are kept secret."""
@@ -387,6 +389,8 @@ NEUTRAL_NAMES = ("background", "other", "others", "rest", "none", "void", "unlab
 
 
 class Folder(Files):
+    """Your own: images/, labels/, classes.txt, and lists of the splits if you like."""
+
     def __init__(self, root):
         colours = read_classes(root)
         super().__init__(root.name, colours, root, own_ids(len(colours)))
@@ -459,7 +463,7 @@ def read_classes(root):
     if not path.is_file():
         raise DatasetError(f"{path}: there is no such file (looked for images/, labels/ and "
                            f"classes.txt in {root})")
-    lines = [read_class(line) for line in read_lines(path)]
+    lines = [read_class(line, path) for line in read_lines(path)]
     colours = {}
     for (name, colour), distinct in zip(lines, distinct_colours(len(lines)), strict=True):
         if colour is None:
@@ -475,13 +479,25 @@ def read_classes(root):
     return colours
 
 
-def read_class(line):
-    """"name" or "name R G B" -> (name, colour or None); the name may hold spaces."""
+def read_class(line, path):
+    """"name" or "name R G B" -> (name, colour or None); the name may hold spaces.
+
+    Raises DatasetError, naming `path`, for what was meant as a colour and is none.
+    """
     words = line.split()
-    last = [int(word) for word in words[-3:] if word.isdecimal() and int(word) < 256]
-    if len(words) > 3 and len(last) == 3:
-        return " ".join(words[:-3]), tuple(last)
+    if len(words) > 3 and all(word.isdecimal() for word in words[-3:]):
+        colour = tuple(int(word) for word in words[-3:])
+        if max(colour) > 255:
+            raise bad_colour(line, path)
+        return " ".join(words[:-3]), colour
+    if "," in words[-1] and words[-1].replace(",", "").isdecimal():
+        raise bad_colour(line, path)
     return " ".join(words), None
+
+
+def bad_colour(line, path):
+    return DatasetError(f"{path}: {line[:100]!r}: a colour is three numbers from 0 to 255, R G B, "
+                        f"with spaces between them")
 
 
 def distinct_colours(count):
@@ -507,8 +523,8 @@ def open_dataset(spec, split, fold=None, folds=2, transform=None, fold_by=None, 
     spec       "toy", "camvid:DIR", "cityscapes:DIR" or "folder:DIR", see the head of this file
     fold       0..folds-1: all labelled frames are dealt into folds instead of the data's own
                splits; "val" and "test" are that fold, "train" is all others
-    fold_by    "drive" (whole drives, told by the stems), "block" (neighbours), "shuffle" (leaks;
-               warns), or None for the first of these that the data set can
+    fold_by    "drive" (whole drives, told by the stems), "block" (neighbours) or "shuffle" (leaks;
+               warns); None: "drive" for CamVid and Cityscapes, "block" for the others
     transform  what a frame goes through: (image, label) -> (image, label)
     cache      a folder that keeps the decoded frames, 4 bytes per pixel, so that each file is
                decoded once; drawn scenes need none
@@ -575,7 +591,8 @@ def held_out_stems(stems, fold, folds, fold_by):
     if fold_by == "drive":
         return set(folds_of_drives(stems, folds)[fold])
     if fold_by == "block":
-        return set(np.array_split(np.array(sorted(stems)), folds)[fold].tolist())
+        blocks = np.array_split(np.array(sorted(stems)), folds)
+        return set(blocks[fold].tolist())
     if fold_by == "shuffle":
         warnings.warn("folds of shuffled frames leak: neighbouring video frames are "
                       "near-duplicates, so scores come out too high", stacklevel=3)
@@ -654,8 +671,8 @@ class Augment:
         work_height, work_width = self.size or label.shape
         scale_y = factor * work_height / full_height
         scale_x = factor * work_width / full_width
-        crop_height, window_height = crop_side(full_height, scale_y, self.crop[0])
-        crop_width, window_width = crop_side(full_width, scale_x, self.crop[1])
+        crop_height, window_height = crop_sides(full_height, scale_y, self.crop[0])
+        crop_width, window_width = crop_sides(full_width, scale_x, self.crop[1])
 
         top, left = choose_crop(label.numpy(), (window_height, window_width), rng)
         bottom = top + window_height
@@ -665,12 +682,17 @@ class Augment:
         return resize_pair(image, label, (crop_height, crop_width))
 
 
-def crop_side(full, scale, crop):
-    """One side of a crop of an image that is scaled -> (its pixels: `crop`, or all where there are
-    fewer; the pixels of the unscaled image, which has `full`, that they come from)."""
-    kept = min(crop, max(1, round(full * scale)))
-    window = min(full, max(1, round(kept / scale)))
-    return kept, window
+def crop_sides(full, scale, crop):
+    """One side of a crop of an image that is scaled, in pixels -> (crop_side, window_side)
+
+    full         the side of the image as it is, which is multiplied by `scale`
+    crop_side    of the result: `crop`, or the whole scaled side where that is shorter
+    window_side  of the part of the image that is resized to crop_side
+    """
+    scaled = max(1, round(full * scale))
+    crop_side = min(crop, scaled)
+    window_side = min(full, max(1, round(crop_side / scale)))
+    return crop_side, window_side
 
 
 def choose_crop(ids, crop, rng, cap=0.75, tries=10):
@@ -730,8 +752,10 @@ def distort(image, rng):
     across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     turn = math.cos(hue) * np.eye(3) + (1 - math.cos(hue)) * along + math.sin(hue) * across
 
-    saturate = saturation * np.eye(3) + (1 - saturation) * np.array(LUMINANCE)
+    to_grey = np.tile(LUMINANCE, (3, 1))                          # (3, 3): its luminance, thrice
+    saturate = saturation * np.eye(3) + (1 - saturation) * to_grey
     linear = contrast * turn @ saturate                           # (3, 3)
+    # Brightness comes first, and is a grey: saturation and hue leave it as it is.
     offset = np.full(3, contrast * brightness)                    # (3,)
     matrix = np.column_stack([linear, offset])                    # (3, 4)
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
@@ -905,7 +929,8 @@ def pair(images, labels):
 def check_partners(files, partners, complaint):
     alone = [path for stem, path in files.items() if stem not in partners]
     if alone:
-        folder = next(iter(partners.values())).parent
+        any_partner = next(iter(partners.values()))
+        folder = any_partner.parent
         raise DatasetError(f"{alone[0]}: this {complaint} of the same stem in {folder} "
                            f"({len(alone)} such files)")
 

@@ -99,13 +99,15 @@ def scores(confusion):
 # ---------------------------------------------------------------- from an image to its classes
 
 def segment(model, image, size=None, window=None, stride=None, scales=(1.0,), flip=False):
-    """uint8 image (3, H, W) -> its classes (H, W).
+    """uint8 image (3, H, W) -> its classes (H, W), int64.
 
     size: (H, W) that the image is resized to for the network, None for its own.
     scales, flip: average over these scales of the image, and over its mirror image too.
-    window (h, w): the network sees windows of the image at its own size instead, `stride` (dy, dx)
-    apart (None: three quarters of the window); their scores are added where they overlap.
-    Raises UsageError for an image that is too small, NotFinite for NaN logits.
+    window (h, w): the network sees windows of the image at its own size instead, whatever `size`
+    is, and `stride` (dy, dx) apart (None: three quarters of the window); their scores are added
+    where they overlap. The classes are int16 then, since the image may be huge.
+    Raises UsageError for an image that is too small and for a stride beyond the window, NotFinite
+    for NaN logits.
     """
     if window is not None:
         return segment_windows(model, image, window, stride, scales, flip)
@@ -119,10 +121,13 @@ def segment_windows(model, image, window, stride, scales, flip):
     w = min(window[1], W)
     if stride is None:
         stride = [max(1, 3 * h // 4), max(1, 3 * w // 4)]
+    if stride[0] > window[0] or stride[1] > window[1]:
+        raise UsageError(f"a stride of {stride[0]}x{stride[1]} is larger than the window, "
+                         f"{window[0]}x{window[1]}: pixels would be left out")
     tops = window_starts(H, h, stride[0])
     lefts = window_starts(W, w, stride[1])
     next_tops = [*tops[1:], H]
-    classes = torch.empty(H, W, dtype=torch.uint8)
+    classes = torch.empty(H, W, dtype=torch.int16)
     band = torch.zeros(model.num_classes, h, W)                   # the scores from row `top` on
     for top, next_top in zip(tops, next_tops, strict=True):
         for left in lefts:
@@ -187,7 +192,10 @@ def network_logits(model, image, size=None):
 
 
 def resize_image(image, size):
-    """uint8 image (3, H, W) -> (3, h, w), bilinear."""
+    """uint8 image (3, H, W) -> (3, h, w), bilinear, antialiased where it shrinks.
+
+    As in training, where data.resize_pair rounds otherwise: they are one grey level apart at most.
+    """
     height, width = size
     if tuple(image.shape[1:]) == (height, width):
         return image
@@ -207,21 +215,23 @@ def evaluate(model, dataset, size=None, quarter=False, progress=None, **options)
     options: window, stride, scales, flip of `segment`.
     Raises NotFinite for NaN logits.
     """
+    confusion = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64)
     was_training = model.training
     model.eval()
-    confusion = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64)
-    for i in range(len(dataset)):
-        image, label = dataset[i]                                 # (3, H, W), (H, W)
-        if quarter:
-            logits = network_logits(model, image, size)           # (1, C, h/4, w/4)
-            classes = logits.argmax(1)[0].cpu()                   # (h/4, w/4)
-            label = shrink_label(label, classes.shape)            # (h/4, w/4)
-        else:
-            classes = segment(model, image, size, **options)      # (H, W)
-        confusion += confusion_matrix(classes, label, model.num_classes)
-        if progress:
-            progress(i + 1, len(dataset))
-    model.train(was_training)
+    try:
+        for i in range(len(dataset)):
+            image, label = dataset[i]                             # (3, H, W), (H, W)
+            if quarter:
+                logits = network_logits(model, image, size)       # (1, C, h/4, w/4)
+                classes = logits.argmax(1)[0].cpu()               # (h/4, w/4)
+                label = shrink_label(label, classes.shape)        # (h/4, w/4)
+            else:
+                classes = segment(model, image, size, **options)  # (H, W)
+            confusion += confusion_matrix(classes, label, model.num_classes)
+            if progress:
+                progress(i + 1, len(dataset))
+    finally:
+        model.train(was_training)
     return confusion
 
 

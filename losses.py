@@ -157,13 +157,14 @@ def kl_distillation(student_logits, teacher_logits, temperature=1.0, labels=None
 
 
 def cosine(a, b, dim, eps=1e-8):
-    """Eq. 5: cosine of a and b over `dim`.
+    """Eq. 5: cosine of a and b (B, C, H, W) over `dim`: 1 -> (B, H, W), (2, 3) -> (B, C).
 
-    A zero vector has no direction: cosine 0 and no gradient, not NaN or 1 / eps.
+    A zero vector has no direction. Its cosine is 0, without a gradient, where the plain formula
+    would give NaN, and one with eps added to the length a gradient of 1 / eps.
     """
-    squares = a.square().sum(dim) * b.square().sum(dim)           # |a|^2 |b|^2
-    has_direction = squares > eps ** 2
-    lengths = squares.clamp(min=eps ** 2).sqrt()                  # |a| |b|
+    squared_lengths = a.square().sum(dim) * b.square().sum(dim)   # |a|^2 |b|^2
+    has_direction = squared_lengths > eps ** 2
+    lengths = squared_lengths.clamp(min=eps ** 2).sqrt()          # |a| |b|
     return (a * b).sum(dim) * has_direction / lengths
 
 
@@ -182,9 +183,9 @@ def cskd(student, teacher, lambda_m=1.0, lambda_s=0.5):
     pixel_distance = 1 - cosine(student, teacher, dim=1)          # (B, H, W)       1 - S^C
     channel_distance = 1 - cosine(student, teacher, dim=(2, 3))   # (B, C)          1 - S^S
     squared = (teacher - student).square()                        # (B, C, H, W)
-    # |ab| = |a||b|, so the sum over G (T - S)^2 is taken factor by factor and G is never built
-    guided = torch.einsum(
-        "bhw,bchw,bc->", pixel_distance.abs(), squared, channel_distance.abs()) / squared.numel()
+    # G (B, C, H, W) is never built: |ab| = |a||b|, so its two factors are applied one by one.
+    of_channels = torch.einsum("bhw,bchw->bc", pixel_distance.abs(), squared)               # (B, C)
+    guided = (channel_distance.abs() * of_channels).sum() / squared.numel()
     return lambda_m * guided + lambda_s * (pixel_distance.mean() + channel_distance.mean())
 
 
@@ -345,10 +346,13 @@ def rows_of_a_band(labels, logits):
         return None
     B, H, W = labels.shape
     C, h = logits[0].shape[1:3]
-    rows = max(1, BAND * h // (B * C * H * W))
-    is_small = rows >= h
     rows_match = H % h == 0 and all(x.shape[2] == h for x in logits)
-    return rows if rows_match and not is_small else None
+    if not rows_match:
+        return None
+    numbers_of_a_row = B * C * (H // h) * W                       # one row of logits, resized
+    rows = max(1, BAND // numbers_of_a_row)
+    is_small = rows >= h
+    return None if is_small else rows
 
 
 class Band(NamedTuple):
@@ -453,7 +457,11 @@ def check_same_shape(student, teacher):
 
 
 def check_stages(student, teacher, betas):
-    """ValueError unless there are equally many of each."""
+    """ValueError unless these are lists, with equally many of each."""
+    for maps in (student, teacher):
+        if isinstance(maps, torch.Tensor):
+            raise ValueError(f"one tensor {tuple(maps.shape)}: pekd compares two lists, with a "
+                             f"patch embedding (B, C, H, W) for every stage")
     if not len(student) == len(teacher) == len(betas):
         raise ValueError(f"{len(student)} stages of the student, {len(teacher)} of the teacher and "
                          f"{len(betas)} betas: pekd needs one of each for every stage")

@@ -329,7 +329,8 @@ class Decoder(nn.Module):
 
     def products(self):
         """-> (F_i L_i of the four stages, each (D, C_i); sum_i F_i b_i, (D,))."""
-        mixers = self.fuse.weight.flatten(1).chunk(len(self.linear), dim=1)[::-1]   # F_1 .. F_4
+        matrix = self.fuse.weight.flatten(1)                      # (D, 4D): F_4 .. F_1
+        mixers = matrix.chunk(len(self.linear), dim=1)[::-1]      # F_1 .. F_4, (D, D) each
         pairs = list(zip(mixers, self.linear, strict=True))
         weights = [F_i @ linear.weight for F_i, linear in pairs]
         bias = sum(F_i @ linear.bias for F_i, linear in pairs)
@@ -547,10 +548,13 @@ def check_images(images):
 # ---------------------------------------------------------------- inference: what fold() puts in
 
 CACHED = 2 ** 21                            # floats of a map that a CPU's caches hold: 8 MiB
+SMALLEST_SLICE = 64                         # products of fewer channels are slow
 
 
-def slices(count, floats, device):
-    """Cut range(count) so that a slice, `floats` numbers each, stays in a CPU's cache. -> [slice]
+def slices(count, floats_of_one, device):
+    """Cut range(count) so that the map of one slice stays in a CPU's cache. -> [slice]
+
+    floats_of_one: the numbers in the map that each of the `count` stands for
 
     Between the large linear maps of this network stand only steps that look at one channel at a
     time (depthwise convolution, GELU, ReLU, resizing), so at inference the widest maps need never
@@ -559,7 +563,8 @@ def slices(count, floats, device):
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or device.type != "cpu":
         return [slice(0, count)]
-    width = max(64, CACHED // floats)
+    width = CACHED // floats_of_one
+    width = max(width, SMALLEST_SLICE)
     return [slice(start, start + width) for start in range(0, count, width)]
 
 

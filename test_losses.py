@@ -176,7 +176,8 @@ def test_class_weights_are_those_of_the_papers_table_1():
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_kl(batch, maps, temperature):
-    (student, teacher), labels = maps, batch[1]
+    student, teacher = maps
+    _, labels, _ = batch
     everywhere = [(b, h, w) for b in range(B) for h in range(H) for w in range(W)]
     expected = loop_kl(student, teacher, temperature, everywhere)
     check(lambda x: kl_distillation(x, teacher, temperature), expected, student)
@@ -321,7 +322,9 @@ def test_label_losses_do_not_grow_with_the_batch(batch, loss):
 
 
 def test_feature_losses_do_not_grow_with_the_batch_and_spare_the_teacher(maps):
-    student, teacher = (x.requires_grad_() for x in maps)
+    student, teacher = maps
+    student.requires_grad_()
+    teacher.requires_grad_()
     for loss in (cskd, pekd_of_four, kl_distillation):
         twice = loss(student.repeat(2, 1, 1, 1), teacher.repeat(2, 1, 1, 1))
         assert twice.item() == pytest.approx(loss(student, teacher).item(), rel=1e-12)
@@ -368,7 +371,10 @@ def test_half_precision_is_raised_inside(batch, maps, dtype):
     for loss, first, second in cases:
         with torch.autocast("cpu", torch.bfloat16):
             inside = loss(first, second)
-        expected = loss(first.float(), second.float() if second.is_floating_point() else second)
+        if second.is_floating_point():
+            expected = loss(first.float(), second.float())
+        else:
+            expected = loss(first.float(), second)                # labels
         assert inside.dtype == torch.float32 and inside.item() == expected.item()
         assert loss(first, second).item() == expected.item()
 
@@ -454,7 +460,8 @@ def test_class_weights_of_another_length_are_one_sentence(batch, loss):
 
 
 def test_kl_of_other_classes_is_one_sentence(batch, maps):
-    (student, teacher), labels = maps, batch[1]
+    student, teacher = maps
+    _, labels, _ = batch
     for wrong in (teacher[:, :3], teacher[:, :1], teacher[:1], teacher[0]):
         shape = re.escape(str(tuple(wrong.shape)))
         for args in ((student, wrong), (student, wrong, 1.0, labels)):
@@ -486,6 +493,14 @@ def test_stages_and_betas_of_unequal_number_are_one_sentence(maps):
         message = f"{ours} stages of the student, {theirs} of the teacher and {betas} betas"
         with pytest.raises(ValueError, match=message):
             pekd([student] * ours, [teacher] * theirs, (0.1, 0.1, 0.5, 1.0)[:betas])
+
+
+def test_pekd_of_one_stage_is_one_sentence():
+    """Four images of one stage are no four stages."""
+    maps = torch.randn(4, C, H, W)
+    for student, teacher in ((maps, maps), ([maps] * 4, maps), (maps, [maps] * 4)):
+        with pytest.raises(ValueError, match="one tensor .*: pekd compares two lists"):
+            pekd(student, teacher)
 
 
 def test_projections_of_unequal_stages_are_one_sentence():

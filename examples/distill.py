@@ -69,6 +69,9 @@ def distill(teacher, train_set, steps, batch_size=4, learning_rate=2.4e-3):
 
 # ---------------------------------------------------------------- what it looks like
 
+RADIUS = 6                                  # of the white square on the query, in pixels
+
+
 @torch.no_grad()
 def draw_frame(teacher, student, projections, image, query):
     """image (1, 3, H, W), query (row, column) in [0, 1] -> four rows of pictures, one per stage."""
@@ -77,9 +80,11 @@ def draw_frame(teacher, student, projections, image, query):
     stages, _ = projections(student_maps.stages, student_maps.patch_embeds)
 
     frame = image[0].clone()                                               # (3, H, W)
-    top = int(query[0] * frame.shape[1])
-    left = int(query[1] * frame.shape[2])
-    frame[:, top - 6:top + 7, left - 6:left + 7] = 1.0                     # a white square
+    row = int(query[0] * frame.shape[1])
+    column = int(query[1] * frame.shape[2])
+    top = max(0, row - RADIUS)
+    left = max(0, column - RADIUS)
+    frame[:, top:row + RADIUS + 1, left:column + RADIUS + 1] = 1.0         # a white square
 
     rows = []
     for i, (ours, theirs) in enumerate(zip(stages, teacher_maps.stages, strict=True)):

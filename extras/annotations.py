@@ -181,7 +181,7 @@ def read_text(path):
 
 def read_class_list(path):
     """A file of classes, a line each: name [R G B] -> {name: (R, G, B) or None}."""
-    lines = [read_class(line) for line in read_lines(path)]
+    lines = [read_class(line, path) for line in read_lines(path)]
     classes = dict(lines)
     longest = max((len(name) for name in classes), default=0)
     if not classes or len(classes) < len(lines) or longest > LONGEST_NAME:

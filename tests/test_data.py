@@ -132,6 +132,10 @@ def test_folder_layout_splits_and_colours(tmp_path):
     assert open_dataset(spec, "val").stems == ["frame_8", "frame_9"]
     (tmp_path / "train.txt").write_text("frame_1\nframe_5\n")
     (tmp_path / "val.txt").write_text("frame_0\n")
+    for colour in ("128 64 256", "128,64,128", "128, 64, 128,"):
+        (tmp_path / "classes.txt").write_text(f"car\nroad {colour}\n")
+        with pytest.raises(DatasetError, match=f"'road {colour}': a colour is three numbers"):
+            data.read_classes(tmp_path)
     (tmp_path / "classes.txt").write_text("a thing 1 2 3\nroad\n\nsky 255 0 9\n")
     dataset = open_dataset(spec, "train")
     assert dataset.stems == ["frame_1", "frame_5"]

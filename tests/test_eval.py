@@ -19,6 +19,7 @@ from eval import (
     scores,
     segment,
 )
+from extras.cli import NotFinite, UsageError
 from extras.comparison import draw_comparison, spread_indices
 from extras.provenance import warn_of_leak
 from extras.score_table import table
@@ -120,6 +121,9 @@ def test_windows_add_up_where_they_overlap(window, stride):
             total[:, top:top + h, left:left + w] += full(model, part, (h, w))
     found = segment(model, image, (32, 32), window=window, stride=stride)
     assert torch.equal(found.long(), total.argmax(0))
+    beyond = (window[0], window[1] + 1)
+    with pytest.raises(UsageError, match="is larger than the window"):
+        segment(model, image, window=window, stride=beyond)
 
 
 def test_scales_and_mirror_images_are_averaged():
@@ -275,6 +279,10 @@ def test_broken_weights_and_seen_folds_are_said(folder, tmp_path):
     network = load_checkpoint(path)
     network.decoder.fuse.weight.data[0] = float("nan")
     save_checkpoint(network, tmp_path / "nan.pth")
+    network.train()
+    with pytest.raises(NotFinite):
+        evaluate(network, open_dataset(folder, "val"))
+    assert network.training                                       # it stays in its mode
     output = command("eval.py", tmp_path / "nan.pth", "--data", folder, "--fold", 0, code=2)
     assert f"{tmp_path / 'nan.pth'}: the network's output is not finite" in output
 
