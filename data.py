@@ -738,7 +738,7 @@ def distort(image, rng):
     """Photometric distortion of an image (3, H, W), each with probability 1/2: brightness +-32,
     contrast x0.5-1.5, saturation x0.5-1.5 (about the luminance), hue +-18 degrees (about the grey
     axis; mmseg's hue_delta = 18 is 36 degrees, since OpenCV counts hue in steps of 2). All four are
-    one affine map of RGB, which is much cheaper than going through HSV."""
+    one affine map of RGB, much cheaper than going through HSV, and clipped once, at its end."""
     def maybe(low, high, neutral):
         return rng.uniform(low, high) if rng.random() < 0.5 else neutral
 
