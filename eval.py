@@ -310,8 +310,7 @@ def columns_of(networks, args):
     columns = []
     for group in group_runs(folders, args.names):
         results = [networks[i].result for i in group.members]
-        seeds = [seed for seed in group.seeds if seed is not None]
-        columns.append(Column(group.name, results, seeds))
+        columns.append(Column(group.name, results, group.seeds))
     return columns
 
 

@@ -135,6 +135,11 @@ run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
   for seed in $seeds; do
     local run=runs/$table/$name-$seed
     local out=results/$table/$name/$seed
+    if [[ -e $run/recipe.json ]] && ! was_begun_so "$run" "$steps" "$@"; then
+      echo "error: $run was begun with other flags than this row has now (its recipe.json tells" \
+           "them): move it and $out away, and run this again" >&2
+      exit 3
+    fi
     if cmp -s "$run/scores.csv" "$out/scores.csv"; then
       continue                          # the results are of the run that is here
     fi
@@ -163,6 +168,18 @@ run() {  # NAME STEPS FLAGS: train, score the last checkpoint, keep the small fi
     # scores.csv last: it says that all is there
     cp "$run"/{log.csv,recipe.json,scores.csv} "$out"
   done
+}
+
+was_begun_so() {  # RUN STEPS FLAGS: is this what the run was begun with?
+  local begun flags="${*:3}"
+  begun=$(grep -m1 '"command":' "$1/recipe.json") || return
+  if [[ $begun != *" --iters $2 "* ]]; then
+    return 1
+  fi
+  if [[ $begun == *" --amp "* && $begun != *" --amp ${AMP:-auto} "* ]]; then
+    return 1
+  fi
+  [[ $begun == *" $flags"[\ \"]* ]]    # after them FLAGS, of the machine, or the end
 }
 
 run_its_teacher() {  # FLAGS: where they name a teacher_row's run, that one goes first

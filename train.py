@@ -229,6 +229,7 @@ class Term(NamedTuple):
     mean_over: str                                     # see Objective.denominators
     teacher_reads: str | None = None                   # "logits", "stages" or "patch_embeds"
     default: float = 0.0                               # its weight where there is a teacher
+    takes_log_probabilities: bool = True               # for logits, which an ensemble has
     help: str = ""
     options: tuple = ()                                # of Option
 
@@ -259,7 +260,7 @@ DISTILLATION = (
     Term("gcos", other_losses.global_cosine_term, mean_over="images", teacher_reads="stages",
          help="weight of one cosine a stage and image (default: 0)"),
     Term("cwd", other_losses.channel_term, mean_over="images", teacher_reads="logits",
-         help="weight of CWD on the logits (default: 0)",
+         help="weight of CWD on the logits (default: 0)", takes_log_probabilities=False,
          options=(Option("cwd_temperature", POSITIVE, 4.0, "of CWD"),)),
     Term("dist", other_losses.relation_term, mean_over="images", teacher_reads="logits",
          help="weight of DIST on the logits (default: 0)"),

@@ -11,7 +11,6 @@ training.
 """
 
 import argparse
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from extras.result_rows import read_csv, read_json
 
 @dataclass(frozen=True)
 class Rate:
-    """A row at one learning rate; the mean over its seeds."""
+    """A row at one learning rate, seed 0: more seeds of some rates must not decide."""
     row: str
     rate: str                                                     # as in the folder's name
     folder: Path
@@ -45,12 +44,11 @@ def read_rates(folder, row):
     """-> [Rate] of a row, the lowest rate first. Raises UsageError where none was run."""
     found = []
     for path in Path(folder).glob(f"{row}-lr*"):
-        values = []
-        for scores in sorted(path.glob("*/scores.csv")):
-            values.append(float(read_table(scores)[-1]["miou"]))
-        if values:
+        scores = path / "0/scores.csv"
+        if scores.exists():
             rate = path.name.removeprefix(f"{row}-lr")
-            found.append(Rate(row, rate, path, statistics.mean(values)))
+            val = float(read_table(scores)[-1]["miou"])
+            found.append(Rate(row, rate, path, val))
     if not found:
         raise UsageError(f"{folder} has no rate of {row} yet: ./reproduce.sh rates {row}")
     return sorted(found, key=lambda rate: float(rate.rate))

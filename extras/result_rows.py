@@ -11,9 +11,11 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from extras.cli import UsageError
 from extras.score_table import markdown, spread
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                  # Student's t of n differences
+# Student's t for the 95 % interval of the mean of n differences
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclass
@@ -45,7 +47,10 @@ def read_scores(path):
 
 
 def read_row(folder, has_quarter=True):
-    """-> [Run], one a seed, in the order of the seeds; [] for a row that was not run."""
+    """-> [Run], one a seed, in the order of the seeds; [] for a row that was not run.
+
+    Raises UsageError for seeds of two learning rates or lengths: a mean over them says nothing.
+    """
     runs = []
     finished = folder.glob("*/scores.csv")                        # reproduce.sh writes it last
     for seed in sorted(path.parent for path in finished):
@@ -57,6 +62,12 @@ def read_row(folder, has_quarter=True):
             quarter=read_scores(seed / "quarter.json") if has_quarter else None,
             val=float(validations[-1]["miou"]),
         ))
+    for name in ("lr", "iters"):
+        values = {run.recipe[name] for run in runs}
+        if len(values) > 1:
+            listed = " and ".join(str(value) for value in sorted(values))
+            raise UsageError(f"{folder}: its seeds have --{name} {listed}, so they are no "
+                             f"repetitions of each other")
     return runs
 
 
@@ -74,9 +85,9 @@ def difference(runs, base):
 
 
 def interval(values):
-    """Percent: the 95 % interval of a mean by Student's t; "-" of one value."""
+    """Percent: the 95 % interval of a mean by Student's t; "-" of one value. At most 10 values."""
     values = [100 * value for value in values]
-    if len(values) not in T_95:
+    if len(values) < 2:
         return "-"
     half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.mean(values)

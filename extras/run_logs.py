@@ -23,7 +23,7 @@ class Log:
         if rank() > 0:
             return
         self.path = folder / name
-        rows = rows_until(self.path, step)
+        rows = rows_until(self.path, step, columns)
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow(columns)
@@ -44,10 +44,11 @@ class Log:
                              "is whole") from None
 
 
-def rows_until(path, step):
+def rows_until(path, step, columns):
     """-> the rows of a log up to `step`, without its header; none where there is no such file.
 
-    Raises UsageError for a file that is no log.
+    In the order of `columns`; one that the log of an older version lacks is empty. Raises
+    UsageError for a file that is no log.
     """
     if step == 0 or not path.exists():
         return []
@@ -63,7 +64,8 @@ def rows_until(path, step):
                 number = step_of(row)
                 # A row that a full disk cut off has fewer cells, or another step.
                 if len(row) == len(header) and last < number <= step:
-                    rows.append(row)
+                    cells = dict(zip(header, row, strict=True))
+                    rows.append([cells.get(column, "") for column in columns])
                     last = number
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} is not a log that can be read ({error}): move it away to go on "

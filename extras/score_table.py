@@ -24,7 +24,7 @@ class Column:
     """A network, or the seeds of one recipe."""
     name: str
     results: list
-    seeds: list = field(default_factory=list)                     # [] where they are not known
+    seeds: list = field(default_factory=list)                     # one each, None: not known; or []
 
     def values(self, key, c=None):
         """One score of each seed: `key` of its result, for class c of a list."""
@@ -62,10 +62,16 @@ def spread(values, sign=""):
 
 
 def difference(values, seeds, base_values, base_seeds):
-    """Percent: a column's values less the first column's, seed by seed where they share any."""
-    of_base = dict(zip(base_seeds, base_values, strict=False))
-    pairs = [value - of_base[seed] for seed, value in zip(seeds, values, strict=False)
-             if seed in of_base]
+    """Percent: a column's values less the first column's, seed by seed where they share any.
+
+    seeds: as many as values, None for one that is not known; or [] where none is
+    """
+    pairs = []
+    if seeds and base_seeds:
+        of_base = dict(zip(base_seeds, base_values, strict=True))
+        for seed, value in zip(seeds, values, strict=True):
+            if seed is not None and seed in of_base:
+                pairs.append(value - of_base[seed])
     if pairs:
         return spread(pairs, "+")
     return percent(statistics.mean(values) - statistics.mean(base_values), "+")

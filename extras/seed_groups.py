@@ -55,10 +55,15 @@ def kernel(recipe, depth=0):
             kept[name] = value
     if isinstance(kept.get("class_weights"), list):               # before it was the flag's name
         kept["class_weights"] = "enet"
-    teacher = recipe.get("teacher")
-    if teacher is not None:
-        known = read_recipe(Path(teacher).parent) if depth < 4 else None
-        kept["teacher"] = kernel(known, depth + 1) if known else teacher
+    for name in ("teacher", "second_teacher"):
+        file = recipe.get(name)
+        if file is None:
+            continue
+        known = read_recipe(Path(file).parent) if depth < 4 else None
+        if known:
+            kept[name] = [Path(file).name, kernel(known, depth + 1)]        # best.pth or last.pth
+        else:
+            kept[name] = file
     return kept
 
 

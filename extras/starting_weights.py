@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from extras.cli import UsageError
-from extras.provenance import other_classes
+from extras.provenance import other_classes, warn_of_leak
 from model import NORMS, load_checkpoint, segformer
 
 
@@ -29,6 +29,7 @@ def make_student(args, classes, resumed):
     if resumed:
         check_norms(student, path, args.norm)
     else:
+        warn_of_leak(student, path, args)
         student = with_norms(student, NORMS[args.norm], path)
         renew_head(student, classes, path)
     return student

@@ -95,7 +95,10 @@ class TeacherCache:
 
     def check_room(self, answer):
         """Raise UsageError where the answers about all images will not fit, before an hour is
-        spent. Those that are there already are counted as room.
+        spent.
+
+        Those that are there already are counted as room. If they are about other images (of another
+        crop), a disk that is too small is found only when it is full; nothing is lost then either.
         """
         if self.has_room:
             return

@@ -1,11 +1,14 @@
-"""Several teachers as one, for losses on logits: train.py --second-teacher FILE, --flip-teacher.
+"""Several teachers as one, for losses on class probabilities.
+
+train.py --second-teacher FILE, --flip-teacher, or from Python
 
     teacher = TeacherEnsemble([first, second], flip=True).fold()
     logits = teacher(images)                                      # (B, C, H/4, W/4)
 
 Its class probabilities are the mean of its teachers' and, with flip, of what they say of the mirror
 image; its logits are the logarithm of that mean. Features have no such mean: each teacher has axes
-of its own.
+of its own. And CWD, whose softmax is over the pixels of a class, is refused: a logarithm of a
+probability differs from a network's logit by a number for each pixel, which moves that softmax.
 
 References
   Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531: a student of

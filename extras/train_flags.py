@@ -147,6 +147,10 @@ class TrainFlags:
         Several teachers have no common features; with --loss none, what is left must reach every
         stage.
         """
+        distils = any(getattr(args, term.weight_name) for term in self.distillation_terms)
+        if args.labelled and args.teacher and not distils:
+            raise UsageError("--labelled with a --teacher needs a loss by which that teaches, such "
+                             "as --lambda-fd 1: else leave the teacher out")
         if args.second_teacher or args.flip_teacher:
             self.check_ensemble(args)
         if args.teacher_cache and not args.teacher:
@@ -175,6 +179,9 @@ class TrainFlags:
             if weight and term.teacher_reads != "logits":
                 raise UsageError(f"{flag} has no features, which --lambda-{term.name} compares: "
                                  f"add --lambda-{term.name} 0")
+            if weight and not term.takes_log_probabilities:
+                raise UsageError(f"{flag} has the logarithms of probabilities for logits, of which "
+                                 f"--lambda-{term.name} would be another loss: leave one out")
             reads_logits = reads_logits or bool(weight)
         if not reads_logits:
             raise UsageError(f"{flag} needs a loss on logits, such as --lambda-kl 1")
@@ -200,6 +207,23 @@ class TrainFlags:
             if name in given and is_unused:
                 flag = name.replace("_", "-")
                 print(f"note: --{flag} changes nothing in this run", file=sys.stderr)
+        self.note_defaults(args, given)
+
+    def note_defaults(self, args, given):
+        """Say which losses are on by default beside one that was asked for."""
+        asked = []
+        by_default = []
+        for term in self.distillation_terms:
+            if not getattr(args, term.weight_name):
+                continue
+            if term.weight_name not in given:
+                by_default.append(term.name)
+            elif not term.default:
+                asked.append(term.name)
+        if asked and by_default:
+            off = " ".join(f"--lambda-{name} 0" for name in by_default)
+            print(f"note: beside {' and '.join(asked)} the default losses stay on, "
+                  f"{' and '.join(by_default)}: {off} would leave them out", file=sys.stderr)
 
     def build_parser(self, kind, argument_default=argparse.SUPPRESS):
         """The flags, with the defaults of this kind of data in their help.

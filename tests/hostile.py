@@ -384,7 +384,7 @@ def complaint_about_run(trial):
     if trial.out is None or "--help" in trial.command or not (trial.out / "last.pth").exists():
         return ""
     step = read_run(trial.out / "last.pth")["training"]["step"]
-    steps = [int(row[0]) for row in rows_until(trial.out / "log.csv", step)]
+    steps = [int(row[0]) for row in rows_until(trial.out / "log.csv", step, ["step"])]
     begun_before = any(word.startswith("log.csv") for word in trial.words)
     if steps != list(range(1, step + 1)) and not begun_before:
         return f"its log has the steps {steps}, its checkpoint is of step {step}"

@@ -239,6 +239,24 @@ def test_the_teacher_alone_must_teach(flags, folder, teacher):
         train_with("--data", folder, "--loss", "none", *given)
 
 
+def test_frames_without_labels_need_a_loss_that_teaches_them(folder, teacher):
+    off = ("--lambda-fd", 0, "--lambda-pe", 0)
+    with pytest.raises(UsageError, match="--labelled with a --teacher needs a loss"):
+        train_with("--data", folder, "--labelled", 0.5, "--teacher", teacher, *off)
+
+
+def test_losses_that_stay_on_are_said(capsys):
+    flags = ["--teacher", "b2.pth", "--lambda-cwd", "1"]
+    train.FLAGS.note_unused(*train.FLAGS.parse(flags))
+    assert ("note: beside cwd the default losses stay on, fd and pe: --lambda-fd 0 --lambda-pe 0 "
+            "would leave them out") in capsys.readouterr().err
+    for weight in ("0", "1"):
+        more = ["--lambda-fd", weight, "--lambda-pe", weight]
+        train.FLAGS.note_unused(*train.FLAGS.parse(flags + more))
+    train.FLAGS.note_unused(*train.FLAGS.parse(["--teacher", "b2.pth", "--lambda-fd", "2"]))
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["cosine", "gcos", "cwd", "dist", "zkl"])
 def test_each_other_loss_trains(tmp_path, folder, teacher, name):
     out = tmp_path / "run"

@@ -48,7 +48,7 @@ files = {{
     "log.csv": f"step,loss\\n{{steps}},1\\n",
     "scores.csv": f"step,miou\\n1,0.9\\n{{steps}},{{miou}}\\n",
     "fit.csv": f"step,seconds\\n{{steps}},{{steps * cost}}\\n",
-    "recipe.json": json.dumps({{"iters": steps}}),
+    "recipe.json": json.dumps({{"iters": steps, "command": " ".join(args)}}),
 }}
 for name, text in files.items():
     with open(os.path.join(out, name), "w") as file:
@@ -246,6 +246,26 @@ def test_with_few_labels_the_student_alone_has_the_time_of_the_one_that_is_taugh
         assert (args.lambda_kl, args.temperature, args.lambda_fd) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("changed", [{"STEPS": "3"}, {"AMP": "off"}])
+def test_a_run_of_other_flags_is_neither_skipped_nor_gone_on_with(dry, tmp_path, done, changed):
+    first = {"STEPS": "2", "AMP": "bf16"}
+    assert len(dry("short", "b0", **first)) == 1
+    if not done:
+        (tmp_path / "results/camvid-short/b0/0/scores.csv").unlink()
+    assert dry("short", "b0", code=3, **(first | changed)) == []
+    again = dry("short", "b0", **first, FLAGS="--workers 0")
+    assert len(again) == (0 if done else 1)                       # skipped, or resumed
+
+
+def test_a_row_whose_best_rate_has_changed_is_not_mixed(dry):
+    """The grid went on after seed 0 was trained: another rate is the best now."""
+    dry("rates", "b0", RATES="6e-4 2.4e-3", LONG="100")
+    dry("registered", "b0", SEEDS="0", LONG="100")
+    dry("rates", "b0", RATES="1.2e-3", LONG="100")
+    assert dry("registered", "b0", SEEDS="0 1", LONG="100", code=3) == []
+
+
 def test_a_row_without_its_rates_is_not_trained(dry):
     assert dry("registered", "b0", code=1) == []       # of the tests' python, which knows 0 and 1
 
@@ -269,6 +289,10 @@ def test_the_best_rate_is_that_of_the_last_checkpoint_on_val(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert registered.best_rate(tmp_path, ["b0", "b0-dyt"]).name == "b0-dyt-lr1.2e-3"
     assert "b0-dyt-lr1.2e-3 is at the edge of the rates" in capsys.readouterr().err
+    second = tmp_path / "b0-lr2.4e-3/1"                           # more seeds of one rate
+    second.mkdir()
+    (second / "scores.csv").write_text("step,miou\n100,0.9\n")
+    assert registered.best_rate(tmp_path, ["b0"]).name == "b0-lr1.2e-3"
     with pytest.raises(UsageError, match="no rate of b2 yet: ./reproduce.sh rates b2"):
         registered.best_rate(tmp_path, ["b2"])
 

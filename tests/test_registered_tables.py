@@ -7,10 +7,13 @@ import math
 import re
 import statistics
 
+import pytest
 from test_paper_tables import leave
 
 from conftest import ROOT
 from extras import registered_tables as tables
+from extras.cli import UsageError
+from extras.result_rows import interval
 
 STUDY = "camvid-small"
 
@@ -60,6 +63,19 @@ def test_rows_and_outcome_are_of_the_seeds_that_are_there(tmp_path):
         f"| +1.00, +2.00, +1.00 | +1.33 | {mean - half:+.2f} to {mean + half:+.2f} |")
     assert outcome[1] == "| B0 + DyT + CSKD, against B0 + DyT | 1 | +1.00 | +1.00 | - |"
     assert len(outcome) == 2
+
+
+def test_seeds_of_two_rates_are_no_row(tmp_path):
+    runs = tmp_path / f"{STUDY}-registered"
+    leave(runs / "b0", 0.40, 0, lr=1.2e-3)
+    leave(runs / "b0", 0.41, 1, lr=2.4e-3)
+    with pytest.raises(UsageError, match="b0: its seeds have --lr 0.0012 and 0.0024"):
+        tables.row_table(tmp_path, STUDY)
+
+
+def test_the_interval_of_many_seeds_is_an_interval():
+    assert interval([0.01]) == "-"
+    assert interval([0.01, 0.02, 0.01, 0.02, 0.01, 0.02]) == "+0.93 to +2.07"
 
 
 def test_the_readme_has_six_rows_and_holds_them_against_plain_b0(tmp_path):

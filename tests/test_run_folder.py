@@ -531,11 +531,18 @@ def test_a_run_of_another_optimizers_hyperparameters_keeps_its_flags(run, origin
 def test_a_row_that_was_cut_off_is_left_out(tmp_path):
     """Also one whose step looks like an earlier one's, "1" of "13"."""
     path = tmp_path / "log.csv"
+    columns = ["step", "lr", "loss"]
     path.write_text("step,lr,loss\n1,0.1,2\n2,0.1,2\n3,0.1,2\n1")
-    assert [row[0] for row in rows_until(path, 9)] == ["1", "2", "3"]
+    assert [row[0] for row in rows_until(path, 9, columns)] == ["1", "2", "3"]
     path.write_text("step,lr,loss\n1,0.1,2\n\u00b2,0.1,2\n-3,0.1,2\n2,0.1,2\n2,0.1,2\n3,0.1\n")
-    assert [row[0] for row in rows_until(path, 9)] == ["1", "2"]
-    assert [row[0] for row in rows_until(path, 1)] == ["1"]
+    assert [row[0] for row in rows_until(path, 9, columns)] == ["1", "2"]
+    assert [row[0] for row in rows_until(path, 1, columns)] == ["1"]
+
+
+def test_the_log_of_an_older_version_goes_on_under_its_own_columns(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,lr,loss\n1,0.1,2\n")
+    assert rows_until(path, 9, ["step", "lr", "norm", "loss"]) == [["1", "0.1", "", "2"]]
 
 
 @pytest.mark.parametrize("content", [

@@ -70,6 +70,9 @@ def test_seeds_are_mean_and_deviation_and_differences_are_paired():
     assert "+6.00 +- 1.41" in rows["better"]                      # of 5 and 7, seeds 0 and 1
     assert rows["plain"].split()[1] == "2" and rows["better"].split()[1] == "3"
     assert "45.00 +- 7.07" in rows["road"] and "+6.00 +- 1.41" in rows["road"]
+    partly = Column("partly", BETTER.results, seeds=[None, 1, 0])
+    text = write_table([PLAIN, partly], CLASSES, grouped=True)
+    assert "+33.50 +- 37.48" in text                              # 47 - 40 and 90 - 30
     unknown = Column("unknown", BETTER.results)                   # of no known seed: the means
     text = write_table([PLAIN, unknown], CLASSES, grouped=True)
     assert "+22.33" in text.splitlines()[3] and "+22.33 +-" not in text
@@ -107,6 +110,18 @@ def test_runs_of_one_recipe_are_found(tmp_path):
     found = [(group.name, group.members, group.seeds) for group in groups]
     assert found == [("kd", [0, 1, 2], [0, 1, 2]), ("plain-lr2", [3, 4], [0, 1]),
                      ("plain-lr3-seed0", [5], [0])]
+
+
+def test_teachers_tell_recipes_apart(tmp_path):
+    """The second one too, and whether it is the best or the last checkpoint of a run."""
+    write_recipe(tmp_path / "t", seed=0)
+    best = str(tmp_path / "t/best.pth")
+    last = str(tmp_path / "t/last.pth")
+    teachers = [{"teacher": best}, {"teacher": last}, {"teacher": best, "second_teacher": last}]
+    runs = []
+    for i, flags in enumerate(teachers):
+        runs.append(write_recipe(tmp_path / "r" / str(i), seed=i, **flags))
+    assert [group.members for group in group_runs(runs)] == [[0], [1], [2]]
 
 
 def test_recipes_from_before_a_flag_go_with_those_where_it_is_off(tmp_path):

@@ -6,8 +6,9 @@ from test_train import SMALL, log, train_with
 
 from conftest import command, write_folder
 from extras.cli import UsageError
-from extras.starting_weights import with_norms
+from extras.starting_weights import make_student, with_norms
 from model import NORMS, DyT, load_checkpoint, save_checkpoint, segformer
+from train import FLAGS
 
 
 @pytest.fixture
@@ -60,6 +61,16 @@ def test_init_with_another_norm_trains_and_resumes(tmp_path, folder):
 
 
 # ---------------------------------------------------------------- a teacher of other classes
+
+def test_a_start_that_has_seen_the_held_out_frames_is_said(tmp_path, capsys):
+    network = segformer("b0", 8)
+    network.trained_on = {"data": "toy", "fold": 1, "folds": 2, "fold_by": None}
+    save_checkpoint(network, tmp_path / "start.pth")
+    for fold, is_said in ((0, True), (1, False)):
+        args = FLAGS.parse(["--init", str(tmp_path / "start.pth"), "--fold", str(fold)])[0]
+        make_student(args, [f"class {i}" for i in range(8)], None)
+        assert ("it has seen frames that it is scored on" in capsys.readouterr().err) == is_said
+
 
 def test_a_teacher_of_other_classes_teaches_features(tmp_path, folder):
     teacher = tmp_path / "ade.pth"

@@ -121,6 +121,8 @@ def test_two_teachers_and_their_mirror_images_teach_and_the_run_resumes(tmp_path
     (("--flip-teacher", "--teacher", "FIRST", "--lambda-fd", 0, "--lambda-pe", 0),
      "--flip-teacher needs a loss on logits, such as --lambda-kl 1"),
     (("--second-teacher", "OTHER", "--teacher", "FIRST", *KL), "other.pth has 5 classes"),
+    (("--flip-teacher", "--teacher", "FIRST", *KL, "--lambda-cwd", 1),
+     "--flip-teacher has the logarithms of probabilities for logits"),
 ])
 def test_what_does_not_go_together_is_a_sentence(flags, said, tmp_path, folder, teachers):
     paths = dict(zip(("FIRST", "SECOND"), teachers, strict=True))
