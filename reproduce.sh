@@ -11,8 +11,9 @@
 #   DATA=camvid:DIR STUDY=small ./reproduce.sh rates  the small one of it, in fp32; and registered
 #   DATA=camvid:DIR STUDY=small-bf16 ./reproduce.sh rates   that one in bf16, from a better teacher
 #   DATA=camvid:DIR STUDY=small-losses ./reproduce.sh rates  others' losses, each for as long as CSKD
-#   DATA=camvid:DIR ./reproduce.sh weights            the network that weights/ holds
-#   DATA=camvid:DIR ./reproduce.sh record             the best that we can: B2 and what it teaches
+#   DATA=camvid:DIR ./reproduce.sh weights            the best B0 without a teacher
+#   DATA=camvid:DIR ./reproduce.sh record             the best that we can: B2, and the B0 that it
+#                                                     teaches, which weights/ holds
 #   python -m extras.paper_tables --figures           the tables and figures of what is there
 #
 # Before it may stand
@@ -226,7 +227,8 @@ if [[ $schedule == levers ]]; then
   exit
 fi
 
-# What weights/ holds: an hour on one core, by the levers so far, its rate not searched
+# What weights/ held before the record: an hour on one core, by the levers so far, its rate not
+# searched
 if [[ $schedule == weights ]]; then
   row b0-dyt "$long" --student b0 --norm dyt --augment plain --crop 360 480 --lr 1.2e-3 --fit-log
   exit

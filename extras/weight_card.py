@@ -1,7 +1,7 @@
 """The card of published weights: what they are, what they score, and numbers to check them by.
 
     python -m extras.weight_card weights/camvid-b0-dyt.pth --data camvid:DIR \\
-        --runs results/camvid-weights/b0-dyt/0
+        --runs results/camvid-record/teacher/0 results/camvid-record/b0-dyt-fd/0
 
 writes weights/camvid-b0-dyt.md. --runs: what the trainings left (recipe.json), the first one first.
 
