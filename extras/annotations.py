@@ -71,6 +71,14 @@ class Unusable(ValueError):
         self.detail = detail
 
 
+def undrawable(sentence):
+    """-> the draw of a Region that cannot be drawn. Its picture is left out then: without it the
+    label would be wrong."""
+    def draw(height, width):
+        raise Unusable(sentence)
+    return draw
+
+
 class Notes:
     """What was left out and what is broken, each kind once with how often, and where first."""
 

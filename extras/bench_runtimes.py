@@ -15,7 +15,7 @@ transformers' network gets its images normalised; ours does that inside, and it 
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -304,6 +304,8 @@ def bench_runtimes(options):
         print("int8 is calibrated on noise: without --data its differences say little")
     rows = []
     for title, model in networks_of(options).items():
+        if options.checkpoint is not None and not options.size_given and model.input_size:
+            options = replace(options, size=tuple(model.input_size))        # as it was trained
         if options.data is not None:
             check_classes(model, title, open_dataset(options.data, "val"))
         with temporary_folder() as folder:
@@ -347,6 +349,7 @@ def rows_of(title, model, folder, options, settings):
                 "network": title,
                 "setting": setting.title,
                 "side": side,
+                "size": options.size,
                 **timing.as_row(),
                 **compare(timings[setting, THEIRS], timing).as_row(),
                 **difference_of(model, side, run, images, expected),

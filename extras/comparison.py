@@ -90,6 +90,11 @@ def draw_some(networks, dataset, args):
 
 def draw_all(networks, dataset, args):
     folder = make_folder(args.overlay)
+    own = {path.resolve() for paths in dataset.frames.values() for path in paths or ()}
+    for stem in dataset.stems:
+        if (folder / f"{stem}.png").resolve() in own:
+            raise UsageError(f"--overlay {folder}: the data set itself is there, and would be "
+                             f"overwritten; choose another folder")
     progress = show_progress(args.overlay)
     for i, stem in enumerate(dataset.stems):
         save_picture(draw_frames(networks, dataset, [i], args), folder / f"{stem}.png")

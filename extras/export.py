@@ -29,7 +29,7 @@ from pathlib import Path
 from extras.cli import UsageError, number, run_command
 from extras.exported_model import SMALLEST_EXPORTED, export, kind_of, output_of
 from extras.hugging_face import write_folder
-from extras.outputs import temporary_folder
+from extras.outputs import refuse_same_file, temporary_folder
 from extras.provenance import refuse_prompts
 from model import load_checkpoint, save_checkpoint
 
@@ -193,7 +193,10 @@ def main():
     refuse_prompts(args.checkpoint, f"give the prompts that are to be its classes, python -m "
                                     f"extras.prompt export {args.checkpoint} {args.target} "
                                     f"--prompts \"car, person\"")
+    refuse_same_file(args.checkpoint, args.target)
     model = load_checkpoint(args.checkpoint)
+    if model.folded and (kind == "folder" or args.int8):
+        raise UsageError(f"{args.checkpoint} is packed: export the one that it was made of")
     if kind == "checkpoint":
         export_checkpoint(model, args)
     elif kind == "folder":

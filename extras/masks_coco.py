@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from data import DatasetError
-from extras.annotations import Annotations, Frame, Region, clean_label
+from extras.annotations import Annotations, Frame, Region, clean_label, undrawable
 from extras.mask_shapes import ShapeError, as_points, coco_counts, decode_coco_runs, fill_polygons
 
 NO_AREA = "annotations without a segmentation (a box or keypoints alone) were left out"
@@ -118,8 +118,8 @@ def regions_of(annotations, names, where, notes):
         try:
             draw, area = drawing_of(segmentation)
         except ShapeError as error:
-            notes.problem(f"a region cannot be drawn: {error}", where)
-            continue
+            draw = undrawable(f"a region cannot be drawn: {error}")
+            area = 0
         is_crowd = bool(annotation.get("iscrowd"))
         ranked.append((not is_crowd, -area, Region(label, draw)))
     ranked.sort(key=lambda entry: entry[:2])                      # stable: the file's order in ties
@@ -133,7 +133,10 @@ def drawing_of(segmentation):
         return partial(decode_coco_runs, segmentation), int(inside.sum())
     if not isinstance(segmentation, list):
         raise ShapeError("its segmentation is neither polygons nor a run-length code")
-    parts = [as_points(pairs(part), at_least=3) for part in segmentation]
+    parts = [as_points(pairs(part), at_least=1) for part in segmentation if part != []]
+    parts = [points for points in parts if len(points) > 2]       # the others have no area
+    if not parts:
+        raise ShapeError("none of its polygons has the 3 points that one needs")
     area = sum(polygon_area(points) for points in parts)
     return partial(fill_polygons, parts), area
 

@@ -19,7 +19,15 @@ from functools import partial
 from xml.etree import ElementTree
 
 from data import DatasetError
-from extras.annotations import Annotations, Frame, Region, clean_label, read_text, split_of_names
+from extras.annotations import (
+    Annotations,
+    Frame,
+    Region,
+    clean_label,
+    read_text,
+    split_of_names,
+    undrawable,
+)
 from extras.mask_shapes import (
     MOST_PIXELS,
     ShapeError,
@@ -127,10 +135,10 @@ def region_of(shape, where, notes, options):
         notes.problem("a shape without a label", where)
         return None
     try:
-        return Region(label, DRAWINGS[shape.tag](shape, options))
+        draw = DRAWINGS[shape.tag](shape, options)
     except ShapeError as error:
-        notes.problem(f"a shape (<{shape.tag}>) cannot be drawn: {error}", where)
-        return None
+        draw = undrawable(f"a shape (<{shape.tag}>) cannot be drawn: {error}")
+    return Region(label, draw)
 
 
 # ---------------------------------------------------------------- the shapes

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from data import DatasetError, read_picture
-from extras.annotations import Annotations, Frame, Region, clean_label
+from extras.annotations import Annotations, Frame, Region, clean_label, undrawable
 from extras.mask_shapes import ShapeError, as_points, draw_labelme, paste_bitmap
 
 AREAS = ("polygon", "rectangle", "oriented_rectangle", "circle")
@@ -69,10 +69,10 @@ def region_of(shape, path, notes, options):
         notes.left_out(f"shapes of the kind {kind!r} were left out: they have no area", path)
         return None
     try:
-        return Region(label, drawing_of(kind, shape, options.line_width))
+        draw = drawing_of(kind, shape, options.line_width)
     except ShapeError as error:
-        notes.problem(f"a shape ({kind}) cannot be drawn: {error}", path)
-        return None
+        draw = undrawable(f"a shape ({kind}) cannot be drawn: {error}")
+    return Region(label, draw)
 
 
 def drawing_of(kind, shape, line_width):

@@ -3,17 +3,19 @@
     JPEGImages/a.jpg  SegmentationClass/a.png  labelmap.txt  ImageSets/Segmentation/train.txt
 
 is PASCAL VOC's layout, which CVAT ("Segmentation mask 1.1") and labelme2voc write too. A mask is a
-.png, .bmp, .tif or .gif in a folder called SegmentationClass, SegmentationClassPNG, masks, labels
-or annotations, or one whose name ends with _mask; its photo has the same name.
+.png in a folder called SegmentationClass, SegmentationClassPNG, masks, labels or annotations, or
+one whose name ends with _mask; its photo has the same name.
 
-The classes are those of --classes, or else of the first of these files that is there:
+What the ids or colours in the masks mean is told by the first of these files that is there, or else
+by --classes, which beside such a file only chooses among its classes, and orders them:
 
     labelmap.txt      CVAT's: name:R,G,B:parts:actions
     classes.txt       name [R G B], as this project's own
     class_names.txt   labelme2voc's: a name a line
 
 without any, in a folder SegmentationClass, PASCAL VOC's own 21. Masks in colours are read by the
-colours of the classes, grey ones as ids (255 is void), unless a class has a grey colour.
+colours of the classes. Grey ones, and those with a palette where no class has a colour, are read as
+ids (255 is void), but where classes have grey colours and the masks hold these, or no ids.
 """
 
 from functools import partial
@@ -46,7 +48,7 @@ def read(source, options):
     if not masks:
         raise DatasetError(f"{source.folder}: no masks (looked for pictures in folders called "
                            f"{', '.join(MASK_FOLDERS)}, and for names that end with {ENDING})")
-    labels = options.classes or find_labels(source)
+    labels = find_labels(source, options.classes)
     splits = read_image_sets(source)
     frames = []
     for stem, mask in sorted(masks.items()):
@@ -97,17 +99,26 @@ def read_image_sets(source):
 
 # ---------------------------------------------------------------- which classes
 
-def find_labels(source):
-    """-> {name: colour or None}, in the order of the ids."""
+def find_labels(source, chosen):
+    """-> {name: colour or None}, in the order of the ids.
+
+    chosen: --classes or None; where the source has a list, it may add colours to that.
+    """
     readers = {"labelmap.txt": read_labelmap, "classes.txt": read_class_list,
                "class_names.txt": read_class_list}
     for name, reader in readers.items():
         found = [path for path in source.files if path.name.lower() == name]
         if len(found) > 1:
             raise DatasetError(f"{found[1]}: there is a second one, {found[0]}: "
-                               f"say with --classes which holds")
+                               f"leave the one that holds")
         if found:
-            return reader(found[0])
+            labels = reader(found[0])
+            for label, colour in (chosen or {}).items():
+                if label in labels and labels[label] is None:
+                    labels[label] = colour
+            return labels
+    if chosen:
+        return chosen
     if any(path.parent.name == "SegmentationClass" for path in source.pictures):
         print("no labelmap.txt or classes.txt: the 21 classes of PASCAL VOC are taken")
         colours = [voc_colour(i) for i in range(len(PASCAL))]
@@ -144,11 +155,23 @@ def voc_colour(index):
 # ---------------------------------------------------------------- from pixels to ids
 
 def mask_decoder(paths, labels, options):
-    """-> decode(path) -> ids in the order of `labels`, VOID and UNPAINTED, uint8 (H, W)."""
-    has_grey_colour = any(is_grey(colour) for colour in labels.values())
+    """-> decode(path) -> ids in the order of `labels`, VOID and UNPAINTED, uint8 (H, W).
+
+    Raises DatasetError for classes that a mask cannot tell apart.
+    """
+    colours = [colour for colour in labels.values() if colour is not None]
+    greys = {colour[0] for colour in colours if is_grey(colour)}
     values = grey_values(paths)
-    if has_grey_colour or values is None:
+    is_in_colours = values is None and bool(colours)
+    if values is not None and greys:
+        are_colours = values != {0} and values <= greys | {0}     # black: of no class, or one's
+        are_ids = all(value < len(labels) or value == VOID for value in values)
+        is_in_colours = are_colours or not are_ids
+    if is_in_colours:
+        check_distinct(labels)
         return partial(decode_colours, labels=labels, unknown_void=options.unknown_void)
+    if values is None:
+        return partial(decode_palette, labels=labels)
     if values == {0, 255} and len(labels) > 1:
         raise DatasetError(f"{paths[0].parent}: its masks hold 0 and 255 alone, and as an id 255 "
                            f"is void: name the colours of the classes, 'road 255 255 255', in a "
@@ -158,7 +181,17 @@ def mask_decoder(paths, labels, options):
 
 def is_grey(colour):
     """Is it a grey that is not black, which most have for the background?"""
-    return colour is not None and len(set(colour)) == 1 and max(colour) > 0
+    return len(set(colour)) == 1 and max(colour) > 0
+
+
+def check_distinct(labels):
+    """Raise DatasetError for two classes of one colour."""
+    owners = {}
+    for name, colour in labels.items():
+        if colour is not None and colour in owners:
+            raise DatasetError(f"the classes {owners[colour]!r} and {name!r} have one colour, "
+                               f"{colour}: a mask cannot tell them apart")
+        owners[colour] = name
 
 
 def grey_values(paths):
@@ -186,6 +219,23 @@ def has_unpainted(path, decode):
 def decode_ids(path, labels):
     """A grey mask: its values are the ids, 255 is void. Raises Unusable and DatasetError."""
     ids = read_picture(path)[..., 0]                              # (H, W), red = green = blue
+    return check_ids(ids, labels)
+
+
+def decode_palette(path, labels):
+    """A mask with a palette: its numbers are the ids, whatever the colours. Raises Unusable and
+    DatasetError."""
+    read_picture(path)                                            # raises for a broken one
+    try:
+        ids = read_picture(path, "ids")                           # (H, W)
+    except DatasetError:
+        raise Unusable("the mask is in colours, and the list of classes names none: write lines "
+                       "like 'road 128 64 128'") from None
+    return check_ids(ids, labels)
+
+
+def check_ids(ids, labels):
+    """-> ids. Raises Unusable for one that no class has."""
     wrong = (ids >= len(labels)) & (ids != VOID)
     if wrong.any():
         raise Unusable(f"its ids are not those of the {len(labels)} classes",

@@ -93,6 +93,13 @@ def check_way(folder, name):
                          f"written over: remove it, or choose another --out")
 
 
+def refuse_same_file(source, target):
+    """Raise UsageError where what is written would take the place of what it is made of."""
+    if Path(source).resolve() == Path(target).resolve():
+        raise UsageError(f"{target} is what it would be made of: choose another name, or it would "
+                         f"be lost")
+
+
 def write_text(path, text):
     """Write `text`, in UTF-8. Raises UsageError."""
     with output_file(path) as file:

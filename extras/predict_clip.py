@@ -1,5 +1,6 @@
 """A video, an animation or numbered pictures, segmented frame by frame: for `extras.predict`."""
 
+import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -43,6 +44,9 @@ def segment_clip(segmenter, item):
     speed = f", {float(clip.rate):g} a second" if clip.rate else ""
     print(f"{item.path}: {done} of {tally.met} frames segmented{speed}"
           f"{describe_protocol(segmenter.args)}: {segmenter.out / item.overlay}")
+    if clip.count and tally.met < 0.95 * clip.count - 1:          # the count may be an estimate
+        print(f"note: {item.path} says that it has {clip.count} frames, and {tally.met} were "
+              f"found: it may be cut off", file=sys.stderr)
     if not tally.broken:
         return []
     return [f"{item.path}: {len(tally.broken)} frames cannot be read, first at "

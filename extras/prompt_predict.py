@@ -24,7 +24,7 @@ from data import SPLITS, DatasetError, distinct_colours, open_dataset, resize_pa
 from extras.cli import UsageError, add_fold_flags, make_folder, show_progress
 from extras.exported_model import export as export_file
 from extras.machine import pick_device
-from extras.outputs import save_picture
+from extras.outputs import refuse_same_file, save_picture
 from extras.packed_layers import count_bits
 from extras.pictures import grid
 from extras.predict import check_out, find_items, read_photo
@@ -35,7 +35,7 @@ from extras.prompt_scores import probabilities
 from extras.prompt_teacher_files import write_teacher_file
 from extras.prompt_words import clean_prompt, file_words, plain
 from extras.provenance import check_classes
-from extras.quantize import MODES
+from extras.quantize import MODES, check_keep
 from model import SMALLEST, save_checkpoint
 
 
@@ -55,9 +55,11 @@ def split_prompts(text, model):
     prompts = [clean_prompt(part, model.text.tokenizer) for part in text.split(",")]
     if len({plain(prompt) for prompt in prompts}) < len(prompts):
         raise UsageError(f"--prompts {text!r}: one of them stands there twice")
-    known = {plain(prompt) for prompt in model.prompts}
-    for prompt in prompts:
-        if plain(prompt) not in known:
+    known = {plain(prompt): prompt for prompt in model.prompts}
+    for i, prompt in enumerate(prompts):
+        if plain(prompt) in known:
+            prompts[i] = known[plain(prompt)]                     # "Car" as the "car" of training
+        else:
             print(f"note: {prompt!r} is not among the {len(known)} prompts that this student was "
                   f"trained with: it knows how the word is spelt, not what it means",
                   file=sys.stderr)
@@ -157,6 +159,7 @@ def export(argv):
                         help=".onnx and .pt2: the mask logits at a quarter of the input "
                              "(default: the class of each pixel)")
     args = parser.parse_args(argv)
+    refuse_same_file(args.checkpoint, args.target)
     model = load_prompt(args.checkpoint)
     prompts = split_prompts(args.prompts, model)
     palette = distinct_colours(len(prompts))
@@ -188,17 +191,26 @@ def quantize(argv):
                         help="leave these layers, and all below these names, as they are "
                              "(the presence head always is)")
     args = parser.parse_args(argv)
+    refuse_same_file(args.checkpoint, args.out)
     mode = MODES[args.bits]
     model = load_prompt(args.checkpoint)
     if model.segformer.folded:
         raise UsageError(f"{args.checkpoint} is packed already: "
                          f"give the checkpoint that it was made of")
-    small, layer_bits = packed_prompt(model, mode, args.keep)
+    keep = full_names(model, args.keep)
+    check_keep(model, keep)
+    small, layer_bits = packed_prompt(model, mode, keep)
     save_packed_prompt(small, layer_bits, args.out, mode.activation_bits)
     bits, weights = count_bits(small)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.2f} MB, {bits / weights:.2f} bits for "
           f"each of {weights:,} weights; what it costs: python -m extras.prompt compare")
     return 0
+
+
+def full_names(model, keep):
+    """The layers of the SegFormer may be called as they are in a plain one."""
+    own = [name for name, _ in model.segformer.named_modules()]
+    return [f"segformer.{name}" if name in own else name for name in keep]
 
 
 def write_teacher(argv):

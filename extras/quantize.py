@@ -35,7 +35,7 @@ from eval import evaluate, network_logits, scores
 from extras.cli import UsageError, add_fold_flags, run_command, show_progress
 from extras.comparison import spread_indices
 from extras.machine import keep_freed_memory, pick_device
-from extras.outputs import output_path, temporary_folder, write_text
+from extras.outputs import output_path, refuse_same_file, temporary_folder, write_text
 from extras.packed_layers import FORMAT, count_bits, pack, packable_layers, save_packed
 from extras.provenance import check_classes, refuse_prompts, warn_of_leak
 from extras.score_table import percent
@@ -217,7 +217,7 @@ def check_keep(model, keep):
     for kept in keep:
         if not any(name == kept or name.startswith(f"{kept}.") for name in names):
             raise UsageError(f"--keep {kept}: no layer has this name or begins with it; "
-                             f"the first are {', '.join(names[:3])}, see --layers")
+                             f"the first are {', '.join(names[:3])}")
 
 
 def build_parser():
@@ -253,8 +253,8 @@ def check_flags(parser, args):
         parser.error("--layers needs --data: it compares what the network says about frames")
     if args.out and Path(args.out).suffix.lower() != ".pth":
         parser.error(f"--out {args.out}: a checkpoint's name ends in .pth")
-    if args.out and Path(args.out).resolve() == Path(args.checkpoint).resolve():
-        parser.error("--out is the checkpoint itself: choose another name")
+    if args.out:
+        refuse_same_file(args.checkpoint, args.out)
 
 
 def main():

@@ -101,7 +101,15 @@ class Video(Clip):
         time = Fraction(0)
         with self.open(self.path) as container:
             stream = container.streams.video[0]
-            for packet in whole_packets(container, stream):
+            packets = container.demux(stream)
+            while True:
+                try:
+                    packet = next(packets, None)
+                except av.FFmpegError:                            # from here on the file is broken
+                    yield Moment(None, time)
+                    return
+                if packet is None:
+                    return
                 try:
                     decoded = packet.decode()
                 except av.FFmpegError:
@@ -111,18 +119,10 @@ class Video(Clip):
                 for frame in decoded:
                     if frame.pts is not None:
                         time = frame.pts * frame.time_base
-                    yield Moment(upright(frame), time)
+                    # What the decoder calls corrupt is pieces of other frames.
+                    image = None if frame.is_corrupt else upright(frame)
+                    yield Moment(image, time)
                     time += 1 / self.rate
-
-
-def whole_packets(container, stream):
-    """Yield the packets of a stream, up to a place from which on the file itself is broken."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            yield next(packets)
-        except (StopIteration, import_av().FFmpegError):
-            return
 
 
 def upright(frame):
@@ -141,9 +141,11 @@ class VideoWriter:
     def __init__(self, file, rate):
         self.av = import_av()
         self.container = self.av.open(file, "w", format="mp4")
-        self.rate = rate
+        # A rate that was measured, 27000000/900229, has numbers that FFmpeg's 32 bits do not hold a
+        # thousand times; that of television is 30000/1001.
+        self.rate = Fraction(rate).limit_denominator(1001)
         self.stream = None
-        self.time_base = 1 / (rate * 1000)                        # a thousandth of a frame
+        self.time_base = 1 / (self.rate * 1000)                   # a thousandth of a frame
         self.last = -1
 
     def __enter__(self):

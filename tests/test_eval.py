@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,6 +224,14 @@ def test_command_draws_frames_spread_over_the_split(folder, checkpoint, tmp_path
     expected = draw_comparison([model], [str(checkpoint)], dataset, indices)
     assert indices == [0, 1, 2, 4]
     assert (np.asarray(Image.open(picture)) == np.asarray(expected)).all()
+
+
+def test_overlays_do_not_overwrite_the_data(folder, checkpoint):
+    labels = Path(folder.partition(":")[2]) / "labels"
+    before = {path: path.read_bytes() for path in labels.iterdir()}
+    output = command("eval.py", checkpoint, "--data", folder, "--overlay", labels, code=2)
+    assert "the data set itself is there" in output
+    assert {path: path.read_bytes() for path in labels.iterdir()} == before
 
 
 def test_command_calls_checkpoints_by_the_names_it_is_given(folder, checkpoint, tmp_path):

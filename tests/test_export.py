@@ -65,6 +65,13 @@ def test_what_is_sent_around_tells_no_ones_folders(data, told, checkpoint, tmp_p
     assert given == {"data": told, "fold": 1, "folds": 2, "fold_by": "drive"}
 
 
+def test_a_checkpoint_is_not_written_over_itself(checkpoint):
+    before = Path(checkpoint).read_bytes()
+    output = command("-m", "extras.export", checkpoint, checkpoint, "--half", code=2)
+    assert "is what it would be made of: choose another name" in output
+    assert Path(checkpoint).read_bytes() == before
+
+
 def test_a_checkpoint_without_half_keeps_every_bit(checkpoint, tmp_path):
     output = export_command(checkpoint, tmp_path / "copy.pth")
     assert "weights in fp32, 14.2 MiB (14.2 MiB as given)" in output

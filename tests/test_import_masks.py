@@ -81,6 +81,58 @@ def test_masks_with_a_palette_are_read_by_its_colours(tmp_path):
     assert (frames["a"] == expected_label({"background": 0, "car": 1, "road": 2})).all()
 
 
+def write_one_mask(source, values, classes, palette=None):
+    """A photo, and a mask of three stripes with these values (or colours)."""
+    write_photos(source, ("a.jpg",))
+    (source / "masks").mkdir()
+    mask = np.zeros((48, 64, *np.shape(values)[1:]), np.uint8)
+    for i, value in enumerate(values):
+        mask[16 * i:16 * i + 16] = value
+    picture = Image.fromarray(mask)
+    if palette:
+        picture.putpalette(palette)
+    picture.save(source / "masks" / "a.png")
+    (source / "classes.txt").write_text(classes)
+
+
+def stripes(out):
+    label = np.asarray(Image.open(out / "labels" / "a.png"))
+    return [int(label[16 * i, 0]) for i in range(3)]
+
+
+def test_classes_beside_a_list_choose_and_order_and_never_rename(tmp_path):
+    source = tmp_path / "source"
+    write_one_mask(source, (0, 1, 2), "bg\nroad\ncar\n")
+    (tmp_path / "chosen.txt").write_text("car\nroad\nbg\n")
+    import_masks("voc", source, tmp_path / "out", "--classes", tmp_path / "chosen.txt",
+                 "--rest", "void")
+    assert stripes(tmp_path / "out") == [2, 1, 0]
+
+
+def test_a_mask_with_a_palette_of_classes_without_colours_holds_ids(tmp_path):
+    """As labelme2voc writes them."""
+    source = tmp_path / "source"
+    palette = [0, 0, 0, 128, 0, 0, 0, 128, 0]
+    write_one_mask(source, (0, 1, 2), "_background_\nroad\ncar\n", palette)
+    import_masks("voc", source, tmp_path / "out")
+    assert stripes(tmp_path / "out") == [0, 1, 2]
+
+
+def test_ids_are_ids_beside_a_grey_colour_as_our_own_data_has(tmp_path):
+    source = tmp_path / "source"
+    write_one_mask(source, (0, 1, 255), "background 128 128 128\nroad 128 64 128\n")
+    import_masks("voc", source, tmp_path / "out")
+    assert stripes(tmp_path / "out") == [0, 1, 255]
+
+
+def test_two_classes_of_one_colour_are_said(tmp_path):
+    source = tmp_path / "source"
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 0)]
+    write_one_mask(source, colours, "car 255 0 0\nroad 0 255 0\ntruck 255 0 0\n")
+    output = import_masks("voc", source, tmp_path / "out", code=2)
+    assert "the classes 'car' and 'truck' have one colour" in output
+
+
 def test_rest_and_classes_choose_what_the_ids_mean(tmp_path):
     source = tmp_path / "source"
     WRITERS["labelme"](source)
@@ -359,6 +411,20 @@ def test_broken_coco_annotations_are_said(annotation, sentence, tmp_path):
     coco_file(tmp_path / "source", [annotation])
     output = import_masks("coco", tmp_path / "source", tmp_path / "out", code=2)
     assert sentence in output
+
+
+def test_a_polygon_of_two_points_has_no_area_and_a_lost_region_no_picture(tmp_path):
+    square = [0, 0, 20, 0, 20, 20, 0, 20]
+    whole = {"image_id": 1, "category_id": 1, "segmentation": [square, [30, 30, 40, 40], []]}
+    coco_file(tmp_path / "good", [whole])
+    import_masks("coco", tmp_path / "good", tmp_path / "out")
+    labels = list((tmp_path / "out/labels").iterdir())
+    assert len(labels) == 1 and (np.asarray(Image.open(labels[0])) == 1).sum() >= 400
+
+    lost = {"image_id": 1, "category_id": 1, "segmentation": [[30, 30, 40, 40]]}
+    coco_file(tmp_path / "bad", [whole, lost])
+    output = import_masks("coco", tmp_path / "bad", tmp_path / "none", code=2)
+    assert "none of its polygons has the 3 points" in output and "no frame could be taken" in output
 
 
 @pytest.mark.parametrize("shapes, sentence", [

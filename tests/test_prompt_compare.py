@@ -236,6 +236,24 @@ def test_a_fixed_list_becomes_a_checkpoint_that_eval_scores(student, folder, tmp
     assert "mIoU" in command("eval.py", target, "--data", folder)
 
 
+def test_a_trained_word_is_itself_however_it_is_typed(student, capsys):
+    model = load_prompt(student)
+    trained = list(model.prompts)[0]
+    assert prompt_predict.split_prompts(trained.upper(), model) == [trained]
+    assert capsys.readouterr().err == ""
+
+
+def test_quantize_refuses_a_layer_that_is_not_there_and_its_own_input(student, tmp_path):
+    small = ("quantize", student, "--bits", 8, "--out", tmp_path / "small.pth", "--keep")
+    output = prompt_command(*small, "nonsense", code=2)
+    assert "--keep nonsense: no layer has this name" in output
+    prompt_command(*small, "decoder.classifier")             # as a SegFormer calls it
+    output = prompt_command("quantize", student, "--bits", 8, "--out", student, code=2)
+    assert "is what it would be made of" in output
+    output = prompt_command("export", student, student, "--prompts", "car, road", code=2)
+    assert "is what it would be made of" in output
+
+
 def test_quantize_writes_a_student_that_predicts(student, photo, tmp_path):
     small = tmp_path / "small.pth"
     output = prompt_command("quantize", student, "--bits", "4+8", "--out", small)

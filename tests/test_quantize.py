@@ -179,6 +179,14 @@ def test_a_packed_file_is_for_inference(checkpoint, tmp_path):
                                                 code=2)
 
 
+def test_a_packed_file_is_no_source_of_other_formats(checkpoint, tmp_path):
+    packed = tmp_path / "packed.pth"
+    command("-m", "extras.quantize", checkpoint, "--bits", 8, "--out", packed)
+    for target in (("folder",), ("int8.onnx", "--int8", "--data", "toy")):
+        output = command("-m", "extras.export", packed, tmp_path / target[0], *target[1:], code=2)
+        assert "packed.pth is packed: export the one that it was made of" in output
+
+
 def test_scores_before_and_after_and_what_is_sensitive(checkpoint, folder, tmp_path):
     out = tmp_path / "small.pth"
     output = quantize_command(checkpoint, "--bits", 4, "--out", out, "--data", folder, "--layers",

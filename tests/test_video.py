@@ -77,6 +77,51 @@ def test_frames_keep_their_own_times(tmp_path):
 
 
 @with_av
+def test_a_measured_rate_is_written(tmp_path):
+    """What an .mp4 of frames at their own times has for an average."""
+    rate = Fraction(27_000_000, 900_229)
+    write_video(tmp_path / "phone.mp4", frames=5, rate=rate)
+    _, times, _ = read_frames(tmp_path / "phone.mp4")
+    assert np.allclose(times, np.arange(5) / float(rate), atol=1e-3)
+
+
+@with_av
+def test_what_the_decoder_calls_corrupt_is_no_frame(tmp_path):
+    import av
+    path = tmp_path / "drive.mp4"
+    noise = np.random.default_rng(0)
+    with open(path, "w+b") as file, VideoWriter(file, Fraction(10)) as writer:
+        for i in range(40):
+            writer.add(noise.integers(0, 256, (48, 64, 3), np.uint8), Fraction(i, 10))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle:middle + 60] = bytes(60)
+    path.write_bytes(content)
+    with av.open(str(path)) as container:
+        corrupt = [frame.is_corrupt for frame in container.decode(video=0)]
+    found = [moment.image is None for moment in open_clip(path).frames()]
+    assert any(corrupt) and found == corrupt
+
+
+@with_av
+def test_a_video_that_is_cut_off_is_said(checkpoint, tmp_path):
+    import av
+    with av.open(str(tmp_path / "whole.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for i in range(40):
+            picture = av.VideoFrame.from_ndarray(frame(i % 12), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    content = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[:len(content) // 2])
+    out = ("--out", tmp_path / "out")
+    assert "it may be cut off" not in predict_command(checkpoint, tmp_path / "whole.mkv", *out)
+    said = predict_command(checkpoint, tmp_path / "cut.mkv", *out)
+    assert re.search(r"cut.mkv says that it has 40 frames, and \d+ were found", said)
+
+
+@with_av
 def test_odd_sides_are_made_even(tmp_path):
     write_video(tmp_path / "x.mp4", frames=2, size=(49, 65))
     assert read_frames(tmp_path / "x.mp4")[0][0].shape == (50, 66, 3)
