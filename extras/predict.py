@@ -145,8 +145,15 @@ def check_names(items, args):
     """Refuse items that would overwrite each other's results."""
     written = collections.Counter()
     for item in items:
-        written.update(outputs_of(item, args))
-    doubles = sorted(name for name, count in written.items() if count > 1)
+        for name in outputs_of(item, args):
+            written[str(name)] += 1
+    doubles = [name for name, count in written.items() if count > 1]
+    # The frames of drive.mp4 go to drive/000001.png, and so does the result of drive/000001.jpg.
+    folders = {str(item.name) for item in items if item.is_clip and args.frames}
+    for name in map(Path, written):
+        if str(name.parent) in folders and name.stem.isdecimal():
+            doubles.append(str(name))
+    doubles.sort()
     if doubles:
         raise UsageError(f"two photos would both be written to {doubles[0]}: "
                          "give them different names")

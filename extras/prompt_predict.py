@@ -162,6 +162,9 @@ def export(argv):
     refuse_same_file(args.checkpoint, args.target)
     model = load_prompt(args.checkpoint)
     prompts = split_prompts(args.prompts, model)
+    if len(prompts) < 2 and not args.logits:
+        raise UsageError("--prompts: of one class every pixel is of that class: name two, or give "
+                         "--logits, which tell how sure each pixel is")
     palette = distinct_colours(len(prompts))
     if Path(args.target).suffix.lower() == ".pth":
         if args.logits:

@@ -201,7 +201,7 @@ def test_prompts_that_cannot_be_asked_are_a_sentence(student, photo, tmp_path, p
     (["compare", "{net}", "--gate"], "--gate compares with the teacher"),
     (["compare", "{net}", "--modes", "int2"], "invalid choice: 'int2'"),
     (["compare", "{net}", "--data", "toy"], "3 classes"),
-    (["export", "{net}", "x.tflite", "--prompts", "class 1"], "must end in .pt2 or .onnx"),
+    (["export", "{net}", "x.tflite", "--prompts", "class 1, class 2"], "must end in .pt2 or .onnx"),
     (["export", "{net}", "x.pth", "--prompts", "class 1", "--logits"], "--logits is for"),
     (["quantize", "{net}", "--bits", "3", "--out", "x.pth"], "invalid choice: '3'"),
 ])
@@ -250,6 +250,8 @@ def test_quantize_refuses_a_layer_that_is_not_there_and_its_own_input(student, t
     prompt_command(*small, "decoder.classifier")             # as a SegFormer calls it
     output = prompt_command("quantize", student, "--bits", 8, "--out", student, code=2)
     assert "is what it would be made of" in output
+    output = prompt_command("export", student, tmp_path / "one.pt2", "--prompts", "car", code=2)
+    assert "--prompts: of one class every pixel is of that class" in output
     output = prompt_command("export", student, student, "--prompts", "car, road", code=2)
     assert "is what it would be made of" in output
 

@@ -217,7 +217,7 @@ def test_a_sensitive_layer_is_told(folder):
 @pytest.mark.parametrize("args, sentence", [
     (["{net}", "--bits", "4"], "give --out FILE"),
     (["{net}", "--bits", "5", "--out", "x.pth"], "invalid choice: '5'"),
-    (["{net}", "--bits", "4", "--out", "{net}"], "the checkpoint itself"),
+    (["{net}", "--bits", "4", "--out", "{net}"], "is what it would be made of"),
     (["{net}", "--bits", "4", "--out", "x.onnx"], "ends in .pth"),
     (["{net}", "--bits", "4", "--layers"], "--layers needs --data"),
     (["{net}", "--bits", "4", "--out", "x.pth", "--keep", "stage"], "no layer has this name"),

@@ -77,6 +77,16 @@ def test_frames_keep_their_own_times(tmp_path):
 
 
 @with_av
+def test_a_photo_named_as_a_frame_is_refused(checkpoint, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "drive").mkdir(parents=True)
+    write_video(photos / "drive.mp4")
+    Image.fromarray(frame(0)).save(photos / "drive/000001.png")
+    output = predict_command(checkpoint, photos, "--out", tmp_path / "out", "--frames", code=2)
+    assert "two photos would both be written to drive/000001.png" in output
+
+
+@with_av
 def test_a_measured_rate_is_written(tmp_path):
     """What an .mp4 of frames at their own times has for an average."""
     rate = Fraction(27_000_000, 900_229)
