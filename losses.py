@@ -157,7 +157,10 @@ def kl_distillation(student_logits, teacher_logits, temperature=1.0, labels=None
 
 
 def cosine(a, b, dim, eps=1e-8):
-    """Eq. 5: cosine of a and b (B, C, H, W) over `dim`: 1 -> (B, H, W), (2, 3) -> (B, C).
+    """Eq. 5: cosine of a and b, of one shape, over `dim`.
+
+    Of (B, C, H, W) dim 1 gives the cosine of each pixel, (B, H, W), and dim (2, 3) that of each
+    channel, (B, C).
 
     A zero vector has no direction. Its cosine is 0, without a gradient, where the plain formula
     would give NaN, and one with eps added to the length a gradient of 1 / eps.
