@@ -671,7 +671,6 @@ def prepare(args, given, lock, task=None):
     task = task or SEGMENTATION
     folder = None
     saved = None
-    state = None
     if args.resume or is_restart_of(args.out):
         folder, saved = find_run(args.out, task, lock)
         state = saved["training"]
@@ -691,8 +690,7 @@ def prepare(args, given, lock, task=None):
     if saved:
         check_schedule(args, state, total_batch, folder)
         check_same_classes(saved.get("classes"), train_set.classes, folder)
-    # Only so that a broken val label is found now, not at the first validation.
-    cached_pixel_counts(val_set)
+    cached_pixel_counts(val_set)                       # a broken val label is found now, not later
 
     resumed = folder / "last.pth" if saved else None
     student, teacher, objective = task.make_networks(args, train_set, device, resumed)

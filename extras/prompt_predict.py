@@ -212,8 +212,13 @@ def quantize(argv):
 
 def full_names(model, keep):
     """The layers of the SegFormer may be called as they are in a plain one."""
-    own = [name for name, _ in model.segformer.named_modules()]
-    return [f"segformer.{name}" if name in own else name for name in keep]
+    of_segformer = dict(model.segformer.named_modules())
+    names = []
+    for name in keep:
+        if name in of_segformer:
+            name = f"segformer.{name}"
+        names.append(name)
+    return names
 
 
 def write_teacher(argv):
