@@ -496,6 +496,7 @@ def read_class(line, path):
 
 
 def bad_colour(line, path):
+    """-> the error for a line of classes.txt that ends with what is no R G B"""
     return DatasetError(f"{path}: {line[:100]!r}: a colour is three numbers from 0 to 255, R G B, "
                         f"with spaces between them")
 

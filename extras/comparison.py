@@ -90,7 +90,10 @@ def draw_some(networks, dataset, args):
 
 def draw_all(networks, dataset, args):
     folder = make_folder(args.overlay)
-    own = {path.resolve() for paths in dataset.frames.values() for path in paths or ()}
+    own = set()                                                   # images and labels
+    for files in dataset.frames.values():
+        if files is not None:                                     # a drawn scene has none
+            own.update(path.resolve() for path in files)
     for stem in dataset.stems:
         if (folder / f"{stem}.png").resolve() in own:
             raise UsageError(f"--overlay {folder}: the data set itself is there, and would be "

@@ -72,9 +72,11 @@ class MixedStream(torch.utils.data.Dataset):
 
 
 def labels_for_kl(labels):
-    """The labels that KL is masked with, (B, H, W): in a frame that is void all over (one without
-    labels) every pixel counts (class 0 stands there, and is not looked at). So does what a
-    crop that is larger than its frame was padded with; with --augment plain nothing is padded.
+    """The labels that KL is masked with, (B, H, W).
+
+    In a frame that is void all over (one without labels) every pixel counts: class 0 stands there,
+    and is not looked at. So does what a crop that is larger than its frame was padded with; with
+    --augment plain nothing is padded.
     """
     is_void = (labels == IGNORE).flatten(1).all(1)                # (B,)
     return labels.masked_fill(is_void[:, None, None], 0)
