@@ -320,6 +320,7 @@ if [[ $schedule == rates || $schedule == registered ]]; then
       b0-dyt-cwd)      echo 1169 ;;
       b0-dyt-dist)     echo 1165 ;;
       b0-dyt-kl)       echo 1018 ;;
+      b0-dyt-kl-two)   echo 1018 ;;     # as KL of one: more than its time
       b0-dyt-zkl)      echo 997 ;;
     esac
   }
@@ -332,7 +333,8 @@ if [[ $schedule == rates || $schedule == registered ]]; then
   SECONDARY=(b0-dyt-cosine b0-dyt-gcos b0-dyt-cwd b0-dyt-dist b0-dyt-kl b0-dyt-zkl b0-dyt-kl-two)
   if [[ $prefix == camvid-small-losses ]]; then
     ROWS=(b0-dyt-as-long b0-dyt-fd)
-    SECONDARY=(b0-dyt-kd b0-dyt-cosine b0-dyt-gcos b0-dyt-cwd b0-dyt-dist b0-dyt-kl b0-dyt-zkl)
+    SECONDARY=(b0-dyt-kd b0-dyt-cosine b0-dyt-gcos b0-dyt-cwd b0-dyt-dist b0-dyt-kl b0-dyt-zkl
+               b0-dyt-kl-two)
   fi
 fi
 
@@ -380,7 +382,7 @@ if [[ $schedule == registered ]]; then
     best=$(best_teacher)
     seeds=0 chosen_row teacher "$teacher" "$best"
   fi
-  if [[ $prefix != camvid-small-losses ]] && is_wanted second-teacher; then
+  if is_wanted second-teacher; then
     best=$(best_teacher)
     seeds=1 chosen_row teacher "$teacher" "$best"
   fi

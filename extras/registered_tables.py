@@ -80,6 +80,8 @@ LOSSES_PAIRS = (
     ("b0-dyt-dist", "b0-dyt-as-long"),
     ("b0-dyt-kl", "b0-dyt-as-long"),
     ("b0-dyt-zkl", "b0-dyt-as-long"),
+    ("b0-dyt-kl-two", "b0-dyt-as-long"),
+    ("b0-dyt-kl-two", "b0-dyt-kl"),
     ("b0-dyt-features-first", "b0-dyt-as-long"),
 )
 

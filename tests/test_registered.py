@@ -163,21 +163,21 @@ def test_the_small_study_in_bf16_has_a_longer_teacher_and_folders_of_its_own(dry
 def test_losses_in_cskds_place_have_its_time_and_a_teacher_of_their_own(dry):
     losses = {"STUDY": "small-losses", "RATES": "6e-4 1.2e-3 2.4e-3"}
     rates = dry("rates", **losses)
-    assert len(rates) == 3 * 9
+    assert len(rates) == 3 * 10
     rows = dry("registered", **losses)
     assert [out_of(command) for command in rows] == [
-        "teacher-0",
+        "teacher-0", "teacher-1",
         "b0-dyt-as-long-0", "b0-dyt-as-long-1", "b0-dyt-fd-0", "b0-dyt-fd-1",
         "b0-dyt-kd-0", "b0-dyt-kd-1", "b0-dyt-cosine-0", "b0-dyt-cosine-1",
         "b0-dyt-gcos-0", "b0-dyt-gcos-1", "b0-dyt-cwd-0", "b0-dyt-cwd-1",
         "b0-dyt-dist-0", "b0-dyt-dist-1", "b0-dyt-kl-0", "b0-dyt-kl-1",
-        "b0-dyt-zkl-0", "b0-dyt-zkl-1",
+        "b0-dyt-zkl-0", "b0-dyt-zkl-1", "b0-dyt-kl-two-0", "b0-dyt-kl-two-1",
         "features-only-0", "b0-dyt-features-first-0",
         "features-only-1", "b0-dyt-features-first-1"]
 
     # {row: (steps, the losses of a teacher that it has)}
     found = {}
-    for command in rates + rows[1:]:
+    for command in rates + rows[2:]:
         if "--resume" in command:
             continue
         args, _ = train.FLAGS.parse(command[1:])
@@ -187,6 +187,8 @@ def test_losses_in_cskds_place_have_its_time_and_a_teacher_of_their_own(dry):
         if args.teacher:
             assert args.teacher.endswith("camvid-small-losses-registered/teacher-0/last.pth")
             taught_by = set(train.loss_weights(args)) & {term.name for term in train.DISTILLATION}
+            asks_two = row == "b0-dyt-kl-two"
+            assert bool(args.second_teacher) == bool(args.flip_teacher) == asks_two
         found[row] = (args.iters, taught_by)
     assert found == {
         "b0-dyt-as-long": (1403, set()),
@@ -198,6 +200,7 @@ def test_losses_in_cskds_place_have_its_time_and_a_teacher_of_their_own(dry):
         "b0-dyt-dist": (1165, {"dist"}),
         "b0-dyt-kl": (1018, {"kl"}),
         "b0-dyt-zkl": (997, {"zkl"}),
+        "b0-dyt-kl-two": (1018, {"kl"}),
         "features-only": (500, {"fd"}),
         "b0-dyt-features-first": (597, set()),
     }
