@@ -121,14 +121,26 @@ def describe_file(path, model):
 
 
 def describe_training(runs):
-    """The commands of the trainings, in their order, with their commits."""
+    """The commands of the trainings, in their order, with their commits and threads: a CPU's sums,
+    and so the weights, depend on how many there are.
+    """
     lines = ["Trained by"]
     for folder in runs:
         recipe = read_recipe(folder)
         if recipe is None:
             raise UsageError(f"{folder} has no recipe.json: it is no run of train.py")
-        lines.append(f"    python {recipe['command']}    # commit {recipe['commit']}")
+        line = f"    python {recipe['command']}    # {describe_machine(recipe)}"
+        for later in recipe.get("resumed", []):
+            line += f"; from step {later['from_step']} on {describe_machine(later)}"
+        lines.append(line)
     return "\n\n".join([lines[0], "\n".join(lines[1:])])
+
+
+def describe_machine(recipe):
+    words = f"commit {recipe['commit']}"
+    if "threads" in recipe:                                       # an old recipe does not tell
+        words += f", threads {recipe['threads']}"
+    return words
 
 
 def read_tables(path):

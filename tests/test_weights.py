@@ -64,14 +64,16 @@ def test_a_card_is_made_of_what_is_measured(tmp_path):
     network.classes = dataset.classes
     weights = tmp_path / "b0.pth"
     save_checkpoint(network, weights, half=True)
-    recipe = {"command": "train.py --student b0", "commit": "abc1234"}
+    recipe = {"command": "train.py --student b0", "commit": "abc1234", "threads": 2, "resumed": [
+        {"from_step": 7, "command": "train.py --resume", "commit": "def5678", "threads": 1}]}
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.json").write_text(json.dumps(recipe))
     make = ("-m", "extras.weight_card", weights, "--data", spec, "--runs", tmp_path / "run")
     assert "b0.md" in command(*make)
 
     text = (tmp_path / "b0.md").read_text()
-    assert "    python train.py --student b0    # commit abc1234" in text
+    assert ("    python train.py --student b0    # commit abc1234, threads 2; "
+            "from step 7 on commit def5678, threads 1\n") in text
     assert file_hash(weights) in text
     tables = read_tables(tmp_path / "b0.md")
     network = open_model(weights, None, torch.device("cpu"))
