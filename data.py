@@ -815,10 +815,13 @@ def read_picture(path, mode=None, upright=False):
     """
     try:
         with open_picture(path, PHOTO_FORMATS if upright else FRAME_FORMATS) as picture:
-            check_picture_mode(picture, path, mode, upright)
-            if holds_ids(picture, mode):
+            is_label = holds_ids(picture, mode)
+            check_picture_mode(picture, path, is_label, upright)
+            if is_label:
                 return np.array(picture)
             turned = ImageOps.exif_transpose(picture) if upright else picture
+            if "transparency" in turned.info:
+                turned = turned.convert("RGBA")                   # else Pillow warns of a palette's
             image = np.array(turned.convert("RGB"))
             checks = find_checks()
             if checks:
@@ -828,6 +831,9 @@ def read_picture(path, mode=None, upright=False):
         raise DatasetError(f"{path}: there is no such file") from None
     except DatasetError:
         raise
+    except Image.DecompressionBombError:
+        raise DatasetError(f"{path}: over {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels, which "
+                           f"is more than is read: cut it into parts") from None
     except BROKEN_PICTURE as error:
         reason = str(error).replace(str(path), "").strip(" '")
         raise DatasetError(f"{path}: not an image that can be read ({reason})") from None
@@ -851,13 +857,51 @@ def check_file(path):
 
 
 def holds_ids(picture, mode):
-    """Is this opened picture read as class ids (`mode` as in `read_picture`)?"""
-    return mode == "ids" or (mode == "ids or colours" and picture.mode not in ("RGB", "RGBA"))
+    """Is this opened picture read as class ids (`mode` as in `read_picture`)? Its pixels must not
+    have been read yet: then Pillow has changed its palette."""
+    if mode != "ids or colours":
+        return mode == "ids"
+    if picture.mode == "P":
+        return not has_camvids_colours(picture)
+    return picture.mode not in ("RGB", "RGBA")
 
 
-def check_picture_mode(picture, path, mode, upright=False):
-    """Raise DatasetError for an opened picture that cannot be what `mode` says."""
-    if holds_ids(picture, mode):
+def has_camvids_colours(picture):
+    """Is the palette of this picture made of CamVid's colours? What makes files smaller writes a
+    label in colours so, and the pixels are then places in a palette, in any order, no ids."""
+    palette = read_palette(picture)
+    if palette is None:
+        return False
+    original = import_extra("camvid_original", "a label of CamVid with a palette")
+    return original.has_no_other(palette)
+
+
+def read_palette(picture):
+    """-> the RGB colours (n, 3) of a .png, uint8, as they stand in the file; None for no palette"""
+    if picture.mode != "P" or picture.format != "PNG" or picture.palette is None:
+        return None
+    return np.frombuffer(picture.palette.palette, np.uint8).reshape(-1, 3)
+
+
+def check_palette(picture, path):
+    """Raise DatasetError for a label with a palette of greys that are not their places in it. Is an
+    id the place, as where a palette has colours, or the grey, as where a file was made smaller?"""
+    palette = read_palette(picture)
+    if palette is None or (palette != palette[:, :1]).any():
+        return
+    greys = np.trim_zeros(palette[:, 0], "b")                     # black at the end fills up
+    wrong = np.flatnonzero(greys != np.arange(len(greys)))
+    if len(wrong):
+        place = wrong[0]
+        raise DatasetError(f"{path}: its palette shows number {place} as grey {greys[place]}, and "
+                           f"either could be the class id: save it without a palette, as an 8-bit "
+                           f"grey .png of class ids")
+
+
+def check_picture_mode(picture, path, is_label, upright=False):
+    """Raise DatasetError for an opened picture that cannot be a label of ids (`is_label`), or an
+    image."""
+    if is_label:
         if picture.mode not in ("L", "P"):
             raise DatasetError(f"{path}: a label must be an 8-bit image of class ids, "
                                f"this one is {picture.mode}")
@@ -867,6 +911,7 @@ def check_picture_mode(picture, path, mode, upright=False):
         if packing in ("L;2", "L;4"):
             raise DatasetError(f"{path}: a label must have 8 bits per pixel; this one has fewer, "
                                f"where 255 cannot be told from the largest id: save it anew")
+        check_palette(picture, path)
     if picture.mode.startswith(("I", "F")):
         raise DatasetError(f"{path}: an image must have 8 bits a channel, "
                            f"this one is {picture.mode}")
@@ -887,7 +932,7 @@ def measure_picture(path, mode=None):
     what is wrong with it. Raises DatasetError."""
     try:
         with open_picture(path) as picture, open(path, "rb") as file:
-            check_picture_mode(picture, path, mode)
+            check_picture_mode(picture, path, holds_ids(picture, mode))
             size = (picture.height, picture.width)
             file.seek(-min(os.path.getsize(path), 64), os.SEEK_END)
             tail = file.read()

@@ -4,7 +4,8 @@ SegNet made 11 classes and three splits.
     frames = find_frames(root, split)          # {stem: (image path, label path)}
     label = classes_of(colours, path)          # RGB (H, W, 3) -> classes and IGNORE (H, W)
 
-data.py comes here for that layout, and for the colours, which Kaggle's has too.
+data.py comes here for that layout, and for the colours, which Kaggle's has too: as RGB, or in a
+palette (`has_no_other`).
 
 References
   Brostow et al., Semantic object classes in video, 2009 (the 32)
@@ -60,6 +61,14 @@ def classes_of(colours, path):
         colour = tuple(colours[wrong][0].tolist())
         raise DatasetError(f"{path}: colour {colour} is none of CamVid's 32")
     return label
+
+
+def has_no_other(colours):
+    """Are all of these colours (n, 3) among the 32?"""
+    known = set()
+    for group in CAMVID_COLOURS.values():
+        known.update(group)
+    return all(tuple(colour) in known for colour in colours.tolist())
 
 
 def find_frames(root, split):

@@ -15,6 +15,7 @@ import torch
 
 from data import IGNORE, find_drives
 from extras.cli import UsageError
+from extras.distributed import rank
 
 
 def split_labelled(dataset, share):
@@ -31,6 +32,10 @@ def split_labelled(dataset, share):
     if not len(labelled) or not len(others):
         raise UsageError(f"--labelled {share:g} of {len(dataset)} frames leaves {len(labelled)} "
                          f"with labels and {len(others)} without: both are needed")
+    kept_share = len(labelled) / len(dataset)
+    if kept_share > 1.1 * share and rank() == 0:
+        print(f"note: --labelled {share:g} keeps the labels of {len(labelled)} of {len(dataset)} "
+              f"frames, {100 * kept_share:.0f} %: every drive's share is rounded up", flush=True)
     return labelled, others
 
 

@@ -13,6 +13,7 @@ And refuse_prompts(path, advice): is it a student of extras/prompt.py, whose out
 import sys
 from pathlib import Path
 
+from data import READERS
 from extras.cli import UsageError
 from extras.printable import printable
 from model import read_checkpoint
@@ -68,7 +69,20 @@ def training_data(model):
         return None
     if trained.get("fold") is None:                               # then the other two say nothing
         return {"data": trained["data"], "fold": None, "folds": None, "fold_by": None}
-    return {name: trained.get(name) for name in ("data", "fold", "folds", "fold_by")}
+    return {
+        "data": trained["data"],
+        "fold": trained["fold"],
+        "folds": trained.get("folds"),
+        "fold_by": effective_fold_by(trained["data"], trained.get("fold_by")),
+    }
+
+
+def effective_fold_by(spec, fold_by):
+    """What folds of the data `spec` are made by with this --fold-by: None is the data's own way."""
+    kind = spec.partition(":")[0]
+    if fold_by is None and kind in READERS:
+        return READERS[kind].fold_by
+    return fold_by
 
 
 def warn_of_leak(model, path, args):
@@ -88,6 +102,7 @@ def warn_of_leak(model, path, args):
             print(f"warning: {path} was trained on the frames of val too (--with-val), and is "
                   f"scored on them now", file=sys.stderr)
         return
+    now["fold_by"] = effective_fold_by(now["data"], now["fold_by"])
     before = describe_fold(trained)
     after = describe_fold(now)
     if before == after:
@@ -177,5 +192,19 @@ def common_training_data(models):
 
 def agree(trained, other):
     """Are two `training_data` of one data set and fold?"""
-    same_fold = describe_fold(trained) == describe_fold(other)
-    return same_fold and is_same_data(trained["data"], other["data"])
+    if describe_fold(trained) != describe_fold(other):
+        return False
+    if not is_same_data(trained["data"], other["data"]):
+        return False
+    return not are_two_folders(trained["data"], other["data"])
+
+
+def are_two_folders(spec, other):
+    """Are two "folder:DIR" of one name both there, and two? Then none is the other, moved."""
+    kind, _, folder = spec.partition(":")
+    other_folder = other.partition(":")[2]
+    if kind != "folder":
+        return False
+    folder = full_path(folder)
+    other_folder = full_path(other_folder)
+    return folder != other_folder and folder.is_dir() and other_folder.is_dir()

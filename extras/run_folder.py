@@ -94,7 +94,7 @@ def refuse_others_files(folder):
 
 def find_run(out, task, lock=None):
     """-> (folder, contents of its last.pth) for --resume: `out`, or for None the newest run under
-    runs/.
+    runs/, at any depth.
 
     task: train.py's Task; the run of another one is refused
     lock: a RunLock for the folder, to be taken before anything is read
@@ -103,7 +103,7 @@ def find_run(out, task, lock=None):
     if out:
         last = Path(out) / "last.pth"
     else:
-        found = sorted(Path("runs").glob("*/last.pth"), key=os.path.getmtime)
+        found = sorted(Path("runs").glob("**/last.pth"), key=os.path.getmtime)
         last = found[-1] if found else None
     if last is None or not last.exists():
         where = out or "any folder under runs/"

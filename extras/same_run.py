@@ -17,7 +17,7 @@ import os
 import torch
 
 from extras.cli import UsageError
-from extras.provenance import other_classes
+from extras.provenance import effective_fold_by, other_classes
 from model import layer_norms
 
 # On --resume; every other flag is the experiment.
@@ -91,6 +91,8 @@ def merge_resumed_flags(no_flags, state, given):
             merged[name] = value
         elif name == "amp" and value == "auto":
             continue
+        elif name == "fold_by" and value == effective_fold_by(stored["data"], stored.get(name)):
+            continue                                              # said, what was so without it
         elif value != stored.get(name):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {value} differs from the resumed run's {stored.get(name)}: "

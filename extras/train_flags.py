@@ -357,5 +357,5 @@ def add_machine_flags(add, add_switch):
     add("--eval-every", "steps between validations and checkpoints", type=POSITIVE_INTEGER)
     add_switch("--tensorboard", "also write scalars and pictures for TensorBoard to the run's "
                "folder")
-    add_switch("--resume", "go on with the run in --out, or the newest under runs/")
+    add_switch("--resume", "go on with the run in --out, or the newest below runs/")
     add("--device", "auto (CUDA, then MPS, then CPU), or one of them by name")

@@ -146,7 +146,7 @@ BROKEN_IMAGES = {                                                 # {kind: patte
     "empty": "not an image",
     "16 bit": "8 bits a channel",
     "turned": "EXIF orientation 6",
-    "gigapixel": "not an image",
+    "gigapixel": "over 178 megapixels",
     "animated": "an animation of 3 pictures",
     "text": "not an image",
     "link in a circle": "frame_3.png",

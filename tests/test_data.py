@@ -273,6 +273,57 @@ def test_camvid_in_colours_is_read_as_the_eleven_classes(layout, tmp_path):
         dataset[0]
 
 
+@pytest.mark.parametrize("layout", ["kaggle", "original"])
+def test_camvid_in_colours_with_a_palette_is_read_by_them(layout, tmp_path):
+    """As a program that makes files smaller saves it: the pixels are places in a palette."""
+    stems, truth, _ = write_camvid_in_colours(tmp_path, layout)
+    for path in tmp_path.glob("*/*_L.png"):
+        picture = Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE)
+        assert len(np.unique(picture)) == 32
+        picture.save(path, optimize=True)
+        assert Image.open(path).mode == "P"
+    for split, stem in stems.items():
+        dataset = open_dataset(f"camvid:{tmp_path}", split)
+        dataset.quick_check()
+        assert dataset.stems == [stem] and dataset[0][1].tolist() == [truth] * 40
+
+
+def save_with_palette(path, ids, palette):
+    """palette: [(red, green, blue)]"""
+    picture = Image.new("P", ids.shape[::-1])
+    picture.putdata(ids.ravel().tolist())
+    picture.putpalette(np.array(palette, np.uint8).ravel().tolist())
+    picture.save(path)
+
+
+VOCS = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128)]
+
+
+@pytest.mark.parametrize("palette", [
+    VOCS, [(i, i, i) for i in range(6)], [(i, i, i) for i in range(6)] + [(0, 0, 0)] * 9])
+@pytest.mark.parametrize("kind", ["camvid", "folder"])
+def test_ids_with_a_palette_of_other_colours_are_ids(kind, palette, tmp_path):
+    spec = write_camvid(tmp_path) if kind == "camvid" else write_folder(tmp_path, classes=6)
+    dataset = open_dataset(spec, "train")
+    path = dataset.paths[0][1]
+    ids = np.asarray(Image.open(path)) % 6
+    save_with_palette(path, ids, palette)
+    dataset.quick_check()
+    assert (dataset[0][1].numpy() == ids).all()
+
+
+@pytest.mark.parametrize("palette", [[3, 0, 1], [0, 1, 255], [0, 40, 80]])
+def test_greys_that_are_not_their_places_are_refused(palette, tmp_path):
+    """A grey .png of ids that was made smaller, or ids with greys to look at: which is it?"""
+    dataset = open_dataset(write_folder(tmp_path, classes=6), "train")
+    ids = np.arange(3).repeat(640).reshape(40, 48).astype(np.uint8)
+    path = dataset.paths[0][1]
+    save_with_palette(path, ids, [(grey, grey, grey) for grey in palette])
+    for look in (dataset.quick_check, lambda: dataset[0]):
+        with pytest.raises(DatasetError, match=f"{path}: its palette shows number . as grey"):
+            look()
+
+
 def test_a_split_without_frames_is_a_sentence(tmp_path):
     write_camvid_in_colours(tmp_path, "original")
     for path in tmp_path.glob("*/0016E5_*"):
@@ -564,6 +615,20 @@ def test_unusual_images_are_read_as_rgb(mode, suffix, tmp_path):
     assert image.shape == (40, 48, 3) and image.dtype == np.uint8
     if mode in ("P", "RGBA", "CMYK", "RGB"):
         assert np.abs(image.astype(int) - [204, 51, 0]).max() < 30
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path):
+    picture = Image.new("RGB", (48, 40), (204, 51, 0)).convert("P")
+    picture.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    assert (read_picture(tmp_path / "a.png", upright=True) == [204, 51, 0]).all()
+
+
+def test_an_image_that_is_too_large_is_a_sentence(monkeypatch, tmp_path):
+    Image.new("RGB", (2000, 1500)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    with pytest.raises(DatasetError, match="a.jpg: over 2 megapixels, .*: cut it into parts"):
+        read_picture(tmp_path / "a.jpg", upright=True)
 
 
 def test_the_suffix_may_lie_about_an_image_but_not_about_a_label(tmp_path):

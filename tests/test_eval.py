@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import command
+from conftest import command, write_folder
 from data import IGNORE, open_dataset
 from eval import (
     confusion_matrix,
@@ -318,6 +319,18 @@ def test_without_data_checkpoints_must_agree_and_the_data_be_there(folder, tmp_p
     other = save_trained(tmp_path / "b.pth", data=folder, fold=0)
     gone = save_trained(tmp_path / "gone.pth", data="folder:/no/such/set")
     assert "not trained on the same data and fold" in command("eval.py", path, other, code=2)
+    for site in ("a", "b"):
+        write_folder(tmp_path / site / "street")
+    here = save_trained(tmp_path / "here.pth", data=f"folder:{tmp_path}/a/street")
+    there = save_trained(tmp_path / "there.pth", data=f"folder:{tmp_path}/b/street")
+    assert "not trained on the same data and fold" in command("eval.py", here, there, code=2)
+    shutil.move(tmp_path / "b", tmp_path / "c")                   # then it may have been moved to a
+    assert "mIoU" in command("eval.py", here, there)
+
+    by_default = save_trained(tmp_path / "default.pth", data=folder, fold=0)
+    by_block = save_trained(tmp_path / "block.pth", data=folder, fold=0, fold_by="block")
+    assert "mIoU" in command("eval.py", by_default, by_block)
+
     output = command("eval.py", gone, code=2)
     assert "trained on folder:/no/such/set, which is not there: add --data folder:DIR" in output
 
@@ -332,10 +345,13 @@ def warning_for(trained_on, capsys, **flags):
 def test_a_data_set_that_has_moved_still_warns(capsys):
     trained = {"data": "folder:/old/street", "fold": 0, "folds": 2, "fold_by": None}
     said = warning_for(trained, capsys, data="folder:/new/street")
-    assert "trained with fold 0 of 2 held out, and now it is the official split" in said
+    assert ("trained with fold 0 of 2 by block held out, and now it is the official split"
+            in said)
     assert "it has seen frames that it is scored on, if folder:/old/street was the same" in said
     assert warning_for(trained, capsys, data="folder:/new/street", fold=1)
     assert not warning_for(trained, capsys, data="folder:/new/street", fold=0)
+    assert not warning_for(trained, capsys, data="folder:/new/street", fold=0, fold_by="block")
+    assert warning_for(trained, capsys, data="folder:/new/street", fold=0, fold_by="shuffle")
     assert not warning_for(trained, capsys, data="folder:/new/fields")
     assert not warning_for(trained, capsys, data="camvid:/old/street")
 

@@ -10,13 +10,14 @@ from test_train import SMALL, log, same_runs, train_with
 
 import train
 from conftest import command, write_folder
-from data import IGNORE, open_dataset
+from data import IGNORE, find_drives, open_dataset
 from extras.cli import UsageError
 from extras.few_labels import Unlabelled, first_of_each_drive, labels_for_kl, split_labelled
 from extras.starting_weights import make_student
 from extras.weight_average import WeightAverage
 from losses import dice_loss
 from model import load_checkpoint, save_checkpoint, segformer
+from small_datasets import write_camvid
 
 SOME = ("--lambda-fd", 0, "--lambda-pe", 0)                       # then only what is named
 
@@ -103,6 +104,15 @@ def test_split_labelled_keeps_every_frame_once(folder, tmp_path):
     assert torch.equal(image, others[0][0]) and (label == IGNORE).all()
     with pytest.raises(UsageError, match="leaves 5 with labels and 0 without"):
         split_labelled(dataset, 1.0)
+
+
+def test_a_share_that_drives_round_up_is_said(capsys, tmp_path):
+    dataset = open_dataset(write_camvid(tmp_path), "train")
+    drives = len(find_drives(dataset.stems))
+    labelled, _ = split_labelled(dataset, 0.01)
+    assert len(labelled) == drives
+    said = capsys.readouterr().out
+    assert f"keeps the labels of {drives} of {len(dataset)} frames" in said
 
 
 def test_without_labels_every_pixel_is_taught():

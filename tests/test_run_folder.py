@@ -21,7 +21,7 @@ from extras.cli import UsageError
 from extras.run_folder import RUN_FILES, choose_folder, find_run
 from extras.run_lock import RunLock
 from extras.run_logs import rows_until
-from extras.same_run import hash_network
+from extras.same_run import hash_network, merge_resumed_flags
 from model import CheckpointError, load_checkpoint, save_checkpoint, segformer
 
 
@@ -77,6 +77,14 @@ def test_a_teachers_hash_is_of_what_it_computes(tmp_path):
     with torch.no_grad():
         network.decoder.classifier.bias[1] += 1e-6
     assert hash_network(network) != before
+
+
+def test_a_default_that_is_said_is_no_other_experiment():
+    state = {"args": {"data": "folder:set", "fold": 0, "fold_by": None}}
+    merged = merge_resumed_flags({"fold_by": None}, state, {"fold_by": "block"})
+    assert merged["fold_by"] is None
+    with pytest.raises(UsageError, match="--fold-by shuffle differs from the resumed run's None"):
+        merge_resumed_flags({"fold_by": None}, state, {"fold_by": "shuffle"})
 
 
 def test_a_run_without_a_teachers_hash_goes_on_but_does_not_move_it(run):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -632,6 +633,11 @@ def test_resume_finds_the_newest_run_refuses_another_experiment_and_may_grow(tmp
 
     output = command("train.py", "--resume", "--out", "runs/two", cwd=tmp_path, code=2)
     assert "nothing to resume" in output
+
+    deeper = tmp_path / "runs/table/kd-0"                         # as reproduce.sh has them
+    shutil.copytree(tmp_path / "runs/one", deeper)
+    os.utime(deeper / "last.pth")
+    assert "writing to runs/table/kd-0" in command("train.py", "--resume", cwd=tmp_path)
 
 
 # ---------------------------------------------------------------- several processes
