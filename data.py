@@ -867,13 +867,16 @@ def holds_ids(picture, mode):
 
 
 def has_camvids_colours(picture):
-    """Is the palette of this picture made of CamVid's colours? What makes files smaller writes a
-    label in colours so, and the pixels are then places in a palette, in any order, no ids."""
+    """Are all colours in this picture's palette CamVid's?
+
+    Programs that make files smaller store a label in colours with a palette. Its pixels are then
+    indices into that palette, in any order, and not class ids.
+    """
     palette = read_palette(picture)
     if palette is None:
         return False
     original = import_extra("camvid_original", "a label of CamVid with a palette")
-    return original.has_no_other(palette)
+    return original.are_label_colours(palette)
 
 
 def read_palette(picture):
@@ -884,16 +887,23 @@ def read_palette(picture):
 
 
 def check_palette(picture, path):
-    """Raise DatasetError for a label with a palette of greys that are not their places in it. Is an
-    id the place, as where a palette has colours, or the grey, as where a file was made smaller?"""
+    """Raise DatasetError for a label whose palette is grey, and has a grey that is not its index.
+
+    With a palette of colours, the index of a pixel is its class id. In a grey label that a program
+    made smaller, the grey is. Here it could be either.
+    """
     palette = read_palette(picture)
-    if palette is None or (palette != palette[:, :1]).any():
+    if palette is None:
+        return
+    is_grey = (palette == palette[:, :1]).all()                   # red = green = blue
+    if not is_grey:
         return
     greys = np.trim_zeros(palette[:, 0], "b")                     # black at the end fills up
-    wrong = np.flatnonzero(greys != np.arange(len(greys)))
-    if len(wrong):
-        place = wrong[0]
-        raise DatasetError(f"{path}: its palette shows number {place} as grey {greys[place]}, and "
+    indices = np.arange(len(greys))
+    differing = indices[greys != indices]
+    if len(differing):
+        index = differing[0]
+        raise DatasetError(f"{path}: its palette shows index {index} as grey {greys[index]}, and "
                            f"either could be the class id: save it without a palette, as an 8-bit "
                            f"grey .png of class ids")
 

@@ -320,7 +320,7 @@ if [[ $schedule == rates || $schedule == registered ]]; then
       b0-dyt-cwd)      echo 1169 ;;
       b0-dyt-dist)     echo 1165 ;;
       b0-dyt-kl)       echo 1018 ;;
-      b0-dyt-kl-two)   echo 1018 ;;     # as KL of one: more than its time
+      b0-dyt-kl-two)   echo 1018 ;;     # as many as KL from one, in more time
       b0-dyt-zkl)      echo 997 ;;
     esac
   }

@@ -5,7 +5,7 @@ SegNet made 11 classes and three splits.
     label = classes_of(colours, path)          # RGB (H, W, 3) -> classes and IGNORE (H, W)
 
 data.py comes here for that layout, and for the colours, which Kaggle's has too: as RGB, or in a
-palette (`has_no_other`).
+palette (`are_label_colours`).
 
 References
   Brostow et al., Semantic object classes in video, 2009 (the 32)
@@ -63,8 +63,8 @@ def classes_of(colours, path):
     return label
 
 
-def has_no_other(colours):
-    """Are all of these colours (n, 3) among the 32?"""
+def are_label_colours(colours):
+    """Are all of these colours, uint8 (n, 3), among the 32?"""
     known = set()
     for group in CAMVID_COLOURS.values():
         known.update(group)

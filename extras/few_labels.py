@@ -33,7 +33,8 @@ def split_labelled(dataset, share):
         raise UsageError(f"--labelled {share:g} of {len(dataset)} frames leaves {len(labelled)} "
                          f"with labels and {len(others)} without: both are needed")
     kept_share = len(labelled) / len(dataset)
-    if kept_share > 1.1 * share and rank() == 0:
+    is_far_more = kept_share > 1.1 * share                        # with many short drives
+    if is_far_more and rank() == 0:
         print(f"note: --labelled {share:g} keeps the labels of {len(labelled)} of {len(dataset)} "
               f"frames, {100 * kept_share:.0f} %: every drive's share is rounded up", flush=True)
     return labelled, others

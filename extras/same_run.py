@@ -92,7 +92,7 @@ def merge_resumed_flags(no_flags, state, given):
         elif name == "amp" and value == "auto":
             continue
         elif name == "fold_by" and value == effective_fold_by(stored["data"], stored.get(name)):
-            continue                                              # said, what was so without it
+            continue                                              # the default, now spelt out
         elif value != stored.get(name):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {value} differs from the resumed run's {stored.get(name)}: "

@@ -320,7 +320,7 @@ def test_greys_that_are_not_their_places_are_refused(palette, tmp_path):
     path = dataset.paths[0][1]
     save_with_palette(path, ids, [(grey, grey, grey) for grey in palette])
     for look in (dataset.quick_check, lambda: dataset[0]):
-        with pytest.raises(DatasetError, match=f"{path}: its palette shows number . as grey"):
+        with pytest.raises(DatasetError, match=f"{path}: its palette shows index . as grey"):
             look()
 
 
